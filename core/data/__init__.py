@@ -1,1 +1,1 @@
-"""core.data"""
+"""Data sets with explicit homes: `catalog` finds and loads them, `corpus` is the text that every install carries."""
