@@ -127,7 +127,9 @@ class Evidence:
     def __post_init__(self) -> None:
         """Refuse evidence that cannot be believed."""
         if (self.verdict is Verdict.NOT_RUN) != bool(self.not_run_reason):
-            raise InvalidEvidence("`not_run_reason` says in one sentence why, when and only when the verdict is not run.")
+            raise InvalidEvidence(
+                "`not_run_reason` says in one sentence why, when and only when the verdict is not run."
+            )
         if self.table is not None:
             _refuse_nan(self.table)
 
@@ -153,6 +155,14 @@ class Preset:
 
     name: str
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __post_init__(self) -> None:
+        """Refuse seeds with which no verdict is possible, before any work."""
+        if len(set(self.seeds)) < MIN_SEEDS:
+            raise InvalidInput(
+                f"{self.name}: a verdict needs at least {MIN_SEEDS} different seeds and got {self.seeds}. "
+                f"Say --seeds {MIN_SEEDS} or more."
+            )
 
     def with_values(self, assignments: Mapping[str, str]) -> Self:
         """A copy with fields set from strings (`--set key=value`), read as YAML and checked against their types.

@@ -1,10 +1,10 @@
 """Progress of long work: a rich bar in a terminal, an event to the parent inside a worker process.
 
-    with progress("Training tiny_llama", total=400) as bar:
-        bar.advance(note="loss 2.31")
+with progress("Training tiny_llama", total=400) as bar:
+bar.advance(note="loss 2.31")
 
-    for layer in track(layers, "Pruning"):
-        ...
+for layer in track(layers, "Pruning"):
+...
 """
 
 from __future__ import annotations
