@@ -12,7 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from core.errors import InvalidEvidence, InvalidInput, unknown_name
 from core.metrics.statistics import Interval, cluster_bootstrap_interval, t_interval
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_SEEDS = 5
+P = TypeVar("P", bound="Preset")
 
 
 class Verdict(StrEnum):
@@ -68,9 +72,7 @@ class Comparison:
     unit: str = ""
 
 
-def verdict(
-    differences: Sequence[float] | Sequence[Sequence[float]], margin: float = 0.0, *, label: str = "", unit: str = ""
-) -> Comparison:
+def verdict(differences: Sequence[ArrayLike], margin: float = 0.0, *, label: str = "", unit: str = "") -> Comparison:
     """Judge paired differences, positive where the claim is right, by a two-sided 95 % interval.
 
     One number a seed gives a t-interval. One sequence of items a seed gives a cluster bootstrap of items within seeds.
@@ -82,11 +84,8 @@ def verdict(
         raise InvalidEvidence(
             f"A verdict needs at least {MIN_SEEDS} seeds and got {len(differences)}. Run with --seeds {MIN_SEEDS}."
         )
-    interval = (
-        t_interval(differences)  # type: ignore[arg-type]
-        if all(isinstance(value, (int, float)) or getattr(value, "ndim", 1) == 0 for value in differences)
-        else cluster_bootstrap_interval(differences)  # type: ignore[arg-type]
-    )
+    one_number_a_seed = all(np.ndim(value) == 0 for value in differences)
+    interval = t_interval(np.asarray(differences)) if one_number_a_seed else cluster_bootstrap_interval(differences)
     if interval.low > margin:
         outcome = Verdict.HOLDS
     elif interval.high < margin:
@@ -164,7 +163,7 @@ class Preset:
                 f"Say --seeds {MIN_SEEDS} or more."
             )
 
-    def with_values(self, assignments: Mapping[str, str]) -> Self:
+    def with_values(self: P, assignments: Mapping[str, str]) -> P:
         """A copy with fields set from strings (`--set key=value`), read as YAML and checked against their types.
 
         Raises `InvalidInput` naming the closest fields for an unknown key, and the type for a value that does not fit.
