@@ -1,1 +1,1 @@
-"""core.llm"""
+"""Language models: `causal` scores and generates with any transformers causal model."""
