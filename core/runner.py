@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -486,7 +487,12 @@ class _sole_writer:
     _lock: filelock.FileLock = field(init=False)
 
     def __enter__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TenfoldError(
+                f"Cannot write into {self.out}: {error.strerror}. Choose a folder with --out."
+            ) from error
         self._lock = filelock.FileLock(self.out / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -495,8 +501,6 @@ class _sole_writer:
             raise RunInProgress(
                 f"{who} is writing to {self.out}/. Wait for it, or choose another folder with --out."
             ) from error
-        import os
-
         since = datetime.now().astimezone().strftime("%H:%M")
         write_atomic(self.out / ".writer", f"Process {os.getpid()} on {socket.gethostname()}, since {since},")
 

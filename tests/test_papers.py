@@ -12,7 +12,6 @@ import pytest
 from papers import PAPERS
 
 
-
 def papers(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "papers", *arguments]
     settings = {**os.environ, "COLUMNS": "120", **environment}
@@ -44,7 +43,9 @@ def test_help_names_every_command_and_says_what_the_exit_code_means():
         (("demo", "omg"), "omg is not built yet"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_one_sentence_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...], said: str):
+def test_a_request_that_makes_no_sense_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+):
     done = papers(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())

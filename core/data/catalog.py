@@ -1,6 +1,6 @@
 """Data sets by name, each with an explicit home: embedded, a folder, or the Hugging Face Hub.
 
-    load("embedded:corpus", "train").text
+    load("embedded:corpus", "train").text           # embedded:corpus:scipy is one of its domains
     load("folder:/data/my_text", "test").documents
     load("hub:Salesforce/wikitext:wikitext-2-raw-v1", "test").provenance
     load("wikitext2_small", "test")    # the folder in PAPERS_DATA
@@ -152,8 +152,11 @@ def fingerprint(spec: str) -> str:
 def _resolve(spec: str) -> HubHome | Path | None:
     home, _, rest = spec.partition(":")
     if home == "embedded":
-        if rest != "corpus":
-            raise unknown_name("embedded data set", rest, ["corpus"])
+        name, _, domain = rest.partition(":")
+        if name != "corpus":
+            raise unknown_name("embedded data set", name, ["corpus"])
+        if domain and domain not in corpus.DOMAINS:
+            raise unknown_name("domain of embedded:corpus", domain, corpus.DOMAINS)
         return None
     if home == "hub":
         return HubHome.parse(rest)
@@ -190,10 +193,14 @@ def _load_corpus(spec: str, split: str | None) -> LoadedData:
     import pyarrow.compute as pc
 
     rows = rows.filter(pc.equal(rows["split"], split))
+    domain = spec.removeprefix("embedded:corpus").removeprefix(":")
+    if domain:
+        rows = rows.filter(pc.equal(rows["domain"], domain))
+    which = domain or f"{len(corpus.DOMAINS)} installed libraries"
     return LoadedData(
         spec,
         split,
-        home=f"the docstrings of {len(corpus.DOMAINS)} installed libraries (manifest {corpus.manifest_hash()[:16]})",
+        home=f"the docstrings of {which} (manifest {corpus.manifest_hash()[:16]})",
         content_hash=digest(rows["text"].to_pylist()),
         _rows=rows,
     )

@@ -106,7 +106,9 @@ def prox_finds_better_masks(preset: SparsityPreset) -> Evidence:
         return [scores[s, rho][ours].optimal_rate - scores[s, rho][other].optimal_rate for s in preset.seeds]
 
     unit = "share of optimal masks"
-    against = [verdict(gain("prox", other), label=f"prox − {other}, rho 0.9", unit=unit) for other in ("Wanda", "SparseGPT")]
+    against = [
+        verdict(gain("prox", other), label=f"prox − {other}, rho 0.9", unit=unit) for other in ("Wanda", "SparseGPT")
+    ]
     null = verdict(gain("prox on diag(H)", "Wanda"), label="prox on diag(H) − Wanda, rho 0.9", unit=unit)
     rates = {
         name: [float(np.mean([scores[s, rho][name].optimal_rate for s in preset.seeds])) for rho in RHOS]
@@ -121,7 +123,9 @@ def prox_finds_better_masks(preset: SparsityPreset) -> Evidence:
         verdict=Verdict.all_of(comparison.verdict for comparison in against),
         headline=f"Optimal masks at rho 0.9: prox {rates['prox'][-1]:.0%}, Wanda {rates['Wanda'][-1]:.0%}, "
         f"SparseGPT {rates['SparseGPT'][-1]:.0%}",
-        table=pd.DataFrame({"method": list(rates), **{f"rho {rho}": [v[i] for v in rates.values()] for i, rho in enumerate(RHOS)}}),
+        table=pd.DataFrame(
+            {"method": list(rates), **{f"rho {rho}": [v[i] for v in rates.values()] for i, rho in enumerate(RHOS)}}
+        ),
         comparisons=tuple(against),
         control=Control("the prox with diag(H) in the place of H", null.verdict, (null,)),
         figures={"Optimal masks against correlation inside the group": plot},
@@ -246,7 +250,13 @@ def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
         for kind in correlated
     )
     rows = [
-        (name + suffix, *(math.exp(np.mean([getattr(scores[kind, s], stage)[name] for s in preset.seeds])) for kind in preset.layer_kinds))
+        (
+            name + suffix,
+            *(
+                math.exp(np.mean([getattr(scores[kind, s], stage)[name] for s in preset.seeds]))
+                for kind in preset.layer_kinds
+            ),
+        )
         for name in LAYER_METHODS
         for suffix, stage in (("", "raw"), (" + CG", "refined"))
     ]
@@ -258,7 +268,9 @@ def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
         comparisons=comparisons,
         control=Control("the prox's mask found on diag(H)", Verdict.all_of(null.verdict for null in nulls), nulls),
         seeds=preset.seeds,
-        provenance=(f"layers: {', '.join(preset.layer_kinds)}; synthetic ones {preset.layer_rows} x {preset.layer_width}",),
+        provenance=(
+            f"layers: {', '.join(preset.layer_kinds)}; synthetic ones {preset.layer_rows} x {preset.layer_width}",
+        ),
     )
 
 
@@ -293,9 +305,13 @@ def slower_schedule_is_better(preset: SparsityPreset) -> Evidence:
         verdict([mean[fast, s] - mean[slow, s] for s in preset.seeds], label=f"beta {fast} / beta {slow}", unit=unit)
         for fast, slow in itertools.pairwise(BETAS)
     )
-    elsewhere = [np.mean([schedule_loss(1.05, kind, s + OTHER_SEEDS, preset)[0] for kind in kinds]) for s in preset.seeds]
+    elsewhere = [
+        np.mean([schedule_loss(1.05, kind, s + OTHER_SEEDS, preset)[0] for kind in kinds]) for s in preset.seeds
+    ]
     null = verdict(
-        [mean[1.05, s] - other for s, other in zip(preset.seeds, elsewhere, strict=True)], label="beta 1.05, other seeds", unit=unit
+        [mean[1.05, s] - other for s, other in zip(preset.seeds, elsewhere, strict=True)],
+        label="beta 1.05, other seeds",
+        unit=unit,
     )
     table = pd.DataFrame(
         [
@@ -311,7 +327,10 @@ def slower_schedule_is_better(preset: SparsityPreset) -> Evidence:
     return Evidence(
         verdict=Verdict.all_of(comparison.verdict for comparison in comparisons),
         headline="Loss against beta 1.02: "
-        + ", ".join(f"{math.exp(np.mean([mean[b, s] - mean[1.02, s] for s in preset.seeds])) - 1:+.1%} at {b}" for b in BETAS[:2]),
+        + ", ".join(
+            f"{math.exp(np.mean([mean[b, s] - mean[1.02, s] for s in preset.seeds])) - 1:+.1%} at {b}"
+            for b in BETAS[:2]
+        ),
         table=table,
         comparisons=comparisons,
         control=Control("beta 1.05 against itself on layers of other seeds", null.verdict, (null,)),

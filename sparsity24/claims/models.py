@@ -94,7 +94,11 @@ def token_ids(spec: str, data: tuple[str, str]) -> Tensor:
 
 def calibration_batches(preset: SparsityPreset, seed: int, *, swapped: bool = False) -> list[Tensor]:
     """Sequences at random offsets of the calibration text, in batches of about 4,096 tokens."""
-    data = (preset.out_of_distribution[0], "train" if preset.out_of_distribution[1] else "") if swapped else preset.calibration
+    data = (
+        (preset.out_of_distribution[0], "train" if preset.out_of_distribution[1] else "")
+        if swapped
+        else preset.calibration
+    )
     ids = token_ids(preset.model.format(seed=preset.seeds[0]), data)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - preset.calibration_window, (preset.calibration_sequences,), generator=generator)
@@ -129,7 +133,11 @@ def model_scores(preset: SparsityPreset, seed: int, name: str) -> ModelScores:
         losses = tuple(layer.rel_loss for layer in report.layers)
     first = preset.model.format(seed=preset.seeds[0])
     nll = [
-        float(lm.perplexity(token_ids(first, data), window=preset.window, max_windows=preset.max_windows).window_nll.mean())
+        float(
+            lm.perplexity(
+                token_ids(first, data), window=preset.window, max_windows=preset.max_windows
+            ).window_nll.mean()
+        )
         for data in (preset.in_distribution, preset.out_of_distribution)
     ]
     return ModelScores(nll[0], nll[1], losses, cloze(lm, token_ids(first, preset.in_distribution), preset.cloze_items))
@@ -200,7 +208,9 @@ def _perplexity_table(
     return table.astype({"mean relative layer loss": "Float64"})
 
 
-@claim("sparsity24", 8, kind="measured", statement="Masked gradient updates improve Wanda and SparseGPT.", time_limit=3600)
+@claim(
+    "sparsity24", 8, kind="measured", statement="Masked gradient updates improve Wanda and SparseGPT.", time_limit=3600
+)
 def masked_gradients_improve_every_mask(preset: SparsityPreset) -> Evidence:
     """Log perplexity before and after refinement on every seed, and the loss of every layer; margin 0.
 
@@ -212,10 +222,15 @@ def masked_gradients_improve_every_mask(preset: SparsityPreset) -> Evidence:
     for name in ("Wanda", "SparseGPT"):
         comparisons.append(_better(scores, preset, f"{name} + refinement", name))
         falls = [
-            float(np.mean(np.log(scores[name, s].layer_losses)) - np.mean(np.log(scores[f"{name} + refinement", s].layer_losses)))
+            float(
+                np.mean(np.log(scores[name, s].layer_losses))
+                - np.mean(np.log(scores[f"{name} + refinement", s].layer_losses))
+            )
             for s in preset.seeds
         ]
-        comparisons.append(verdict(falls, label=f"{name}: layer loss before / after", unit="mean log of the ratio of losses"))
+        comparisons.append(
+            verdict(falls, label=f"{name}: layer loss before / after", unit="mean log of the ratio of losses")
+        )
     null = _better(scores, preset, "Wanda + 0 steps", "Wanda")
     change = [1 - math.exp(-comparison.interval.estimate) for comparison in comparisons[1::2]]
     return Evidence(
@@ -272,7 +287,12 @@ def end_to_end_order(preset: SparsityPreset) -> Evidence:
     )
 
 
-@claim("sparsity24", 11, kind="measured", statement="Better up to 13B parameters; at 70B on par with the best earlier method.")
+@claim(
+    "sparsity24",
+    11,
+    kind="measured",
+    statement="Better up to 13B parameters; at 70B on par with the best earlier method.",
+)
 def parity_at_70b(preset: SparsityPreset) -> Evidence:
     """Never run offline, and nothing smaller is put in its place: sizes 32, 64 and 128 say nothing about 70B."""
     return Evidence.not_run(
@@ -299,7 +319,8 @@ def better_out_of_distribution(preset: SparsityPreset) -> Evidence:
     there = [_better(scores, preset, "prox + refinement", other, where="nll_out") for other in ("Wanda", "SparseGPT")]
     back = [_better(scores, preset, "prox, swapped", f"{other}, swapped") for other in ("Wanda", "SparseGPT")]
     refined = [
-        _better(scores, preset, "prox + refinement", f"{other} + refinement", where="nll_out") for other in ("Wanda", "SparseGPT")
+        _better(scores, preset, "prox + refinement", f"{other} + refinement", where="nll_out")
+        for other in ("Wanda", "SparseGPT")
     ]
     null = _better(scores, preset, "prox + refinement", "prox, other draw", where="nll_out")
     return Evidence(
@@ -329,7 +350,10 @@ def zero_shot_is_kept_better(preset: SparsityPreset) -> Evidence:
     """
     names = ("dense", "random", "magnitude", "SparseGPT", "prox + refinement")
     scores = all_scores(preset, names)
-    gain = [scores["prox + refinement", s].cloze.log_likelihood - scores["magnitude", s].cloze.log_likelihood for s in preset.seeds]
+    gain = [
+        scores["prox + refinement", s].cloze.log_likelihood - scores["magnitude", s].cloze.log_likelihood
+        for s in preset.seeds
+    ]
     comparison = verdict(gain, label="prox − magnitude", unit="choice log-likelihood")
     halves = [np.array_split(scores["magnitude", s].cloze.log_likelihood, 2) for s in preset.seeds]
     null = verdict([a[: len(b)] - b for a, b in halves], label="magnitude, other items", unit="choice log-likelihood")

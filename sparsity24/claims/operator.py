@@ -39,7 +39,11 @@ def regulariser_vanishes_exactly_on_24(preset: SparsityPreset) -> Evidence:
             value = r24(w)
             agree.append(bool(((value == 0) == (group_support(w)[:, 0] <= 2)).all()))
             signs = torch.where(torch.rand(w.shape, generator=generator) < 0.5, -1.0, 1.0)
-            permuted = [r24((signs * w)[:, list(p)]) for p in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist() if len(set(p)) == 4]
+            permuted = [
+                r24((signs * w)[:, list(p)])
+                for p in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist()
+                if len(set(p)) == 4
+            ]
             drift = max(float(((other - value).abs() / value.clamp_min(1e-300)).max()) for other in permuted)
             # Another order of the same products may differ in the last bits of the sum.
             invariant.append(drift <= 8 * torch.finfo(torch.float64).eps)
@@ -51,12 +55,20 @@ def regulariser_vanishes_exactly_on_24(preset: SparsityPreset) -> Evidence:
         verdict=Verdict.of(all(agree) and all(invariant)),
         headline=f"{5 * len(preset.seeds) * preset.num_groups:,} groups: r = 0 if and only if at most two are non-zero",
         table=_mean_table(rows, ["seed", "non-zeros", "share with r = 0", "largest relative drift"], by="non-zeros"),
-        control=Control("e2, the sum of pair products, in the place of r, on two non-zeros", Verdict.of(all(null_vanishes))),
+        control=Control(
+            "e2, the sum of pair products, in the place of r, on two non-zeros", Verdict.of(all(null_vanishes))
+        ),
         seeds=preset.seeds,
     )
 
 
-@claim("sparsity24", 2, kind="exact", statement="The proximal problem is solved exactly: to its global minimum.", time_limit=1200)
+@claim(
+    "sparsity24",
+    2,
+    kind="exact",
+    statement="The proximal problem is solved exactly: to its global minimum.",
+    time_limit=1200,
+)
 def prox_is_the_global_minimum(preset: SparsityPreset) -> Evidence:
     """Objective of `prox24` against multi-start brute force on every family of hard inputs of the reference.
 
@@ -81,7 +93,8 @@ def prox_is_the_global_minimum(preset: SparsityPreset) -> Evidence:
         f"{per_seed * len(preset.seeds) * len(PROX_INPUTS):,} groups",
         table=table.groupby(["inputs", "precision"], sort=False, as_index=False).max(),
         control=Control(
-            f"always the two-sparse point: gap {max(null_gaps):.2f}", Verdict.of(max(null_gaps) <= TOLERANCE[torch.float64])
+            f"always the two-sparse point: gap {max(null_gaps):.2f}",
+            Verdict.of(max(null_gaps) <= TOLERANCE[torch.float64]),
         ),
         seeds=preset.seeds,
     )
