@@ -24,8 +24,8 @@ from core.errors import InvalidInput, TenfoldError
 MAX_DENSE = 0.5 + math.sqrt(0.5)
 MIN_THIRD = 2 * math.sqrt(2) - 2
 
-# 32 k groups of float32 planes stay in a core's cache; a GPU wants few large kernels.
-_CPU_CHUNK = 1 << 15
+# 64 k groups of float32 planes stay in a core's cache (half and double are slower); a GPU wants few large kernels.
+_CPU_CHUNK = 1 << 16
 _GPU_CHUNK = 1 << 22
 # Gathering the unfinished groups costs about as much as solving this share of finished ones.
 _COMPACT_BELOW = 0.6
@@ -77,37 +77,47 @@ def prox24(z: Float[Tensor, "*batch width"], lam: float | Tensor) -> Float[Tenso
     strength = _per_group(lam, z, num_groups, x.dtype)
     if x.numel() == 0 or (isinstance(strength, float) and strength == 0):
         return z.clone()
-    planes = _groups(x).reshape(-1, 4).t().contiguous()
+    rows = _groups(x).reshape(-1, 4)
+    planes = torch.stack(rows.unbind(1))
     prox_planes(planes, strength, out=planes)
-    return planes.t().reshape(x.shape).to(z.dtype)
+    return torch.stack(planes.unbind(0), 1).reshape(x.shape).to(z.dtype)
 
 
 def prox24_candidates(z: Float[Tensor, "*batch width"], lam: float | Tensor) -> Candidates:
     """All local minima that compete to be `prox24(z, lam)`, for inspection (reference 3.2, step 3)."""
     x = _widened(z)
     _require_finite(x, "z")
-    strength = _per_group(lam, z, _groups(x).shape[-2], x.dtype)
-    planes = _groups(x).reshape(-1, 4).unbind(-1)
-    lam_g = torch.as_tensor(strength, dtype=x.dtype, device=x.device).expand(planes[0].shape)
-    sorted_a, swaps = _sort([plane.abs() for plane in planes])
-    t = [lam_g * plane for plane in sorted_a]
+    groups = _groups(x)
+    lam_g = torch.as_tensor(_per_group(lam, z, groups.shape[-2], x.dtype), dtype=x.dtype, device=x.device)
+    rows = groups.reshape(-1, 4)
+    lam_g = lam_g.expand(len(rows))
+    if bool((lam_g == 0).any()):
+        raise InvalidInput("With lam = 0 there is nothing to choose: the minimum is z itself. Give lam > 0.")
+    order = rows.abs().argsort(dim=-1, descending=True, stable=True)
+    t_at = rows.abs().gather(1, order).mul_(lam_g[:, None]).t().contiguous()
+    t = t_at.unbind(0)
     zero = torch.zeros_like(t[0])
-    three, has_three = _three(t)
-    dense, has_dense = _dense(t)
-    solutions = (
-        ([t[0], t[1], zero, zero], torch.ones_like(t[0], dtype=torch.bool)),
-        ([*three, zero], has_three),
-        (dense, has_dense),
-    )
+    two, three, dense = torch.stack([t[0], t[1], zero, zero]), torch.stack([*_three(t)[1], zero]), _dense(t, t_at)
     weights, objectives = [], []
-    for u, exists in solutions:
-        w = [torch.where(lam_g > 0, plane / lam_g, a) for plane, a in zip(u, sorted_a, strict=True)]
-        w = [torch.copysign(plane, sign) for plane, sign in zip(_unsort(w, swaps), planes, strict=True)]
-        w_g = torch.stack(w, -1)
-        value = 0.5 * (w_g - torch.stack(planes, -1)).square().sum(-1) + lam_g * r24(w_g)
-        weights.append(torch.where(exists[:, None], w_g, torch.nan).reshape(x.shape))
-        objectives.append(torch.where(exists, value, torch.inf).reshape(_groups(x).shape[:-1]))
+    for u, support in ((two, 2), (three, 3), (dense, 4)):
+        exists = torch.ones_like(zero, dtype=torch.bool) if support == 2 else _is_minimum(u, t_at, support)
+        w = torch.empty_like(rows).scatter_(1, order, (u / lam_g).t()).copysign(rows)
+        value = 0.5 * (w - rows).square().sum(-1) + lam_g * r24(w)
+        weights.append(torch.where(exists[:, None], w, torch.nan).reshape(x.shape))
+        objectives.append(torch.where(exists, value, torch.inf).reshape(groups.shape[:-1]))
     return Candidates(torch.stack(weights), torch.stack(objectives))
+
+
+def _is_minimum(u: Tensor, t: Tensor, support: int) -> Tensor:
+    """Whether the first `support` planes of `u` are positive, stationary for lam = 1, with a Hessian that is PSD."""
+    x, target = u[:support].t(), t[:support].t()
+    total = x.sum(-1, keepdim=True)
+    pairs = 0.5 * (total.square() - x.square().sum(-1, keepdim=True)) - x * (total - x)
+    tolerance = 1e2 * torch.finfo(x.dtype).eps
+    stationary = ((x + pairs - target).abs() <= tolerance * (1 + total)).all(-1)
+    hessian = total[..., None] - x[:, :, None] - x[:, None, :]
+    hessian.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return (x > 0).all(-1) & stationary & (torch.linalg.eigvalsh(hessian)[:, 0] >= -tolerance)
 
 
 def top2_mask(score: Float[Tensor, "*batch width"]) -> Bool[Tensor, "*batch width"]:
@@ -138,210 +148,222 @@ def is_24(w: Float[Tensor, ...], dim: int = -1) -> bool:
     return bool((group_support(w.movedim(dim, -1)) <= 2).all())
 
 
-def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, groups], out: Tensor) -> int:
+def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups"], out: Tensor) -> int:
     """Write prox_lam of every column of `z` into `out` (may be `z`); the number of columns left with over two non-zeros.
 
     The work-horse behind `prox24`, without its checks: contiguous planes, float32 or float64, finite, `lam` > 0.
     """
     chunk = _CPU_CHUNK if z.device.type == "cpu" else _GPU_CHUNK
-    return sum(
-        _prox_chunk(
-            z[:, start : start + chunk],
-            lam if isinstance(lam, float) else lam[start : start + chunk],
-            out[:, start : start + chunk],
-        )
-        for start in range(0, z.shape[1], chunk)
-    )
+    num_over, unfinished = 0, []
+    for start in range(0, z.shape[1], chunk):
+        piece = slice(start, start + chunk)
+        lam_piece = lam if isinstance(lam, float) else lam[piece]
+        active, two = _early_out(z[:, piece], lam_piece)
+        num_active, num_groups = int(active.count_nonzero()), active.shape[0]
+        if num_active >= _COMPACT_BELOW * num_groups and num_active > 0:
+            solved, over = _solve(z[:, piece], two, lam_piece)
+            if num_active < num_groups:
+                solved, over = _select(active, solved, two), over.bitwise_and_(active)
+            num_over += int(over.count_nonzero())
+            out[:, piece] = solved
+            continue
+        if num_active:
+            index = active.nonzero().squeeze(1)
+            lam_active = lam_piece if isinstance(lam_piece, float) else lam_piece[index]
+            unfinished.append((index + start, z[:, piece][:, index], two[:, index], lam_active))
+        out[:, piece] = two
+    if unfinished:
+        index, z_left, two_left = (torch.cat([part[i] for part in unfinished], -1) for i in range(3))
+        lam_left = lam if isinstance(lam, float) else torch.cat([part[3] for part in unfinished])  # type: ignore[misc]
+        for start in range(0, len(index), chunk):
+            piece = slice(start, start + chunk)
+            lam_piece = lam_left if isinstance(lam_left, float) else lam_left[piece]
+            solved, over = _solve(z_left[:, piece], two_left[:, piece], lam_piece)
+            num_over += int(over.count_nonzero())
+            out[:, index[piece]] = solved
+    return num_over
 
 
-def _prox_chunk(z: Tensor, lam: float | Tensor, out: Tensor) -> int:
+def _early_out(z: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Where more than the two largest entries might survive (all bits set), and the group with only those two."""
     a = z.abs()
-    low01, high01 = torch.minimum(a[0], a[1]), torch.maximum(a[0], a[1])
-    low23, high23 = torch.minimum(a[2], a[3]), torch.maximum(a[2], a[3])
-    first = torch.maximum(high01, high23)
-    inner_a, inner_b = torch.minimum(high01, high23), torch.maximum(low01, low23)
-    second, third = torch.maximum(inner_a, inner_b), torch.minimum(inner_a, inner_b)
-    # Comparing a with third / lam instead of t keeps this right where lam * |z| overflows.
-    active = (third > (first * second).mul_(lam * MIN_THIRD)) & (first < MAX_DENSE / lam)
-    num_active = int(active.count_nonzero())
-    num_groups = a.shape[1]
-    if num_active == num_groups:
-        return _solve(z, a, lam, out)
-    tied = (second == third) & (third > 0)
-    kept = a > third
-    if bool(tied.any()):
-        index = tied.nonzero().squeeze(1)
-        kept[:, index] = top2_mask(a[:, index].t()).t()
-    two = torch.where(kept, z, 0.0)
-    if num_active == 0:
-        out.copy_(two)
-        return 0
-    if num_active >= _COMPACT_BELOW * num_groups:
-        solved = torch.empty_like(z)
-        _solve(z, a, lam, solved)
-        torch.where(active, solved, two, out=out)
-        return int(((out != 0).sum(0) > 2).count_nonzero())
-    index = active.nonzero().squeeze(1)
-    solved = torch.empty((4, num_active), dtype=z.dtype, device=z.device)
-    lam_active = lam if isinstance(lam, float) else lam[index]
-    num_over = _solve(z.index_select(1, index), a.index_select(1, index), lam_active, solved)
-    out.copy_(two)
-    out.index_copy_(1, index, solved)
-    return num_over
+    first, second, third, _ = _sorted_values(a.unbind(0))
+    active = torch.sub((first * lam).mul_(MIN_THIRD).mul_(second), third)
+    active = _negative(active).bitwise_and_(_negative(torch.sub(first, MAX_DENSE / lam)))
+    # Comparing |z| instead of lam |z| keeps the order where the product overflows or underflows.
+    two = _masked(z, _negative(third - a))
+    if not bool(torch.sub(second, third).amin() > 0):
+        index = ((second == third) & (third > 0)).nonzero().squeeze(1)
+        two[:, index] = project24(z[:, index].t()).t()
+    return active, two
 
 
-def _solve(z: Tensor, a: Tensor, lam: float | Tensor, out: Tensor) -> int:
-    """Prox of groups that the early-out could not finish; the number that keeps more than two entries."""
-    sorted_a, swaps = _sort(a.unbind(0))
-    t = [lam * plane for plane in sorted_a]
-    three, has_three = _three(t)
-    # f3 < f2 in closed form; on a tie the sparser solution stays.
-    three_wins = has_three.logical_and_(torch.addcmul(three[0] * three[0], three[1], three[1]) < 1)
-    two = [sorted_a[0], sorted_a[1], None, None]
-    candidates = three_wins & (t[3] > 0)
-    if bool(candidates.any()):
-        dense, has_dense = _dense(t)
-        dense_wins = has_dense.logical_and_(candidates).logical_and_(_dense_minus_three(t, dense, three) < 0)
-    else:
-        dense, dense_wins = [*three, torch.zeros_like(t[0])], candidates
-    u = [torch.where(dense_wins, dense[i], three[i]).div_(lam) for i in range(3)]
-    u.append(torch.where(dense_wins, dense[3], 0.0).div_(lam))
-    negligible = t[0] < _NEGLIGIBLE[a.dtype]
-    w = [
-        torch.where(three_wins, u[i], 0.0 if two[i] is None else two[i])  # type: ignore[arg-type]
-        for i in range(4)
-    ]
+def _solve(z: Tensor, two: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the groups that the early-out could not finish, whose two largest entries are `two`; and where it keeps more."""
+    t_at = z.abs().mul_(lam)
+    t = _sorted_values(t_at.unbind(0))
+    r, u = _three(t)
+    # f3 < f2 in closed form, and a third entry; on a tie the sparser solution stays.
+    three_wins = _negative(torch.addcmul(u[0] * u[0], u[1], u[1]).sub_(1)).bitwise_and_(_negative(0 - u[2]))
+    dense = _dense(t, t_at)
+    pair_low, pair_high = dense[0] * dense[1], dense[2] * dense[3]
+    f_dense = (dense - t_at).square_().sum(0).mul_(0.5)
+    f_dense = f_dense.addcmul_(pair_low, dense[2] + dense[3]).addcmul_(pair_high, dense[0] + dense[1])
+    pairs = [u[1] * u[2], u[0] * u[2], u[0] * u[1]]
+    f_three = torch.addcmul(t[3] * t[3], pairs[0], pairs[0]).addcmul_(pairs[1], pairs[1])
+    f_three = f_three.addcmul_(pairs[2], pairs[2]).mul_(0.5).addcmul_(pairs[2], u[2])
+    dense_wins = _negative(f_dense.sub_(f_three))
+    # Written at the places of the input: no sort has to be undone. The root of the third entry has the sign of r.
+    wrong_sign = (r - r.abs()).mul_(0.5)
+    radicand = (t_at - t[2]).mul_(t_at + t[2]).addcmul_(r, r)
+    three = radicand.clamp_min_(0).sqrt_().add_(t_at).mul_(0.5)
+    # The last member, below the third, is dropped in the next line whatever stands there.
+    three.add_(_masked(wrong_sign, _negative(t[2] - t_at).bitwise_not_()))
+    three = _masked(three, _all_but_last(t_at, t[3]))
+    w = _select(dense_wins, dense, three).div_(lam)
+    # Adding zero turns the -0.0 that copysign gives a dropped negative entry into 0.0.
+    w = torch.copysign(w, z).add_(0.0)
+    solution = _select(three_wins, w, two)
+    negligible = t[0] < _NEGLIGIBLE[z.dtype]
     if bool(negligible.any()):
-        w = [torch.where(negligible, plane, solution) for plane, solution in zip(sorted_a, w, strict=True)]
-    num_over = int((w[2] > 0).count_nonzero())
-    for i, plane in enumerate(_unsort(w, swaps)):
-        # Adding zero turns the -0.0 that copysign gives a dropped negative entry into 0.0.
-        torch.copysign(plane, z[i], out=plane)
-        torch.add(plane, 0.0, out=out[i])
-    return num_over
+        index = negligible.nonzero().squeeze(1)
+        solution[:, index] = z[:, index]
+        three_wins[index] = -(group_support(z[:, index].t()).squeeze(1) > 2).to(three_wins.dtype)
+    return solution, three_wins
 
 
-# Comparators of neighbours only, swapping on strict order: a stable sort, so equal magnitudes keep the lower index first.
-_NETWORK = (0, 2, 1, 0, 2, 1)
+def _all_but_last(t_at: Tensor, smallest: Tensor) -> Tensor:
+    """Bit mask of every member but the smallest; of equal ones, the member with the highest index is the last."""
+    kept = _negative(smallest - t_at)
+    for i in (2, 1, 0):
+        # Once a later member is dropped, an equal one before it stays.
+        dropped_later = kept[i + 1].bitwise_not()
+        for j in range(i + 2, 4):
+            dropped_later.bitwise_or_(kept[j].bitwise_not())
+        kept[i].bitwise_or_(dropped_later)
+    return kept
 
 
-def _sort(planes: Planes) -> tuple[list[Tensor], list[Tensor]]:
-    p, swaps = list(planes), []
-    for i in _NETWORK:
-        swaps.append(p[i] < p[i + 1])
-        p[i], p[i + 1] = torch.maximum(p[i], p[i + 1]), torch.minimum(p[i], p[i + 1])
-    return p, swaps
+# `torch.where` costs several times an arithmetic operation on a CPU; these three work on the bits of floats instead and
+# are exact, whatever stands in the lanes that are dropped.
 
 
-def _unsort(planes: Planes, swaps: Planes) -> list[Tensor]:
-    p = list(planes)
-    for i, swapped in zip(reversed(_NETWORK), reversed(swaps), strict=True):
-        p[i], p[i + 1] = torch.where(swapped, p[i + 1], p[i]), torch.where(swapped, p[i], p[i + 1])
-    return p
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int64)
 
 
-def _three(t: Planes) -> tuple[list[Tensor], Tensor]:
-    """The minimum with three non-zero entries for lam = 1, and where it exists: the larger root of psi.
+def _negative(x: Tensor) -> Tensor:
+    """All bits set where `x` is below zero, none elsewhere; `x` is overwritten."""
+    return _bits(x).bitwise_right_shift_(31 if x.dtype == torch.float32 else 63)
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    return (_bits(x) & mask).view(x.dtype)
+
+
+def _select(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return (_bits(x) ^ _bits(y)).bitwise_and_(mask).bitwise_xor_(_bits(y)).view(x.dtype)
+
+
+def _sorted_values(p: Planes) -> list[Tensor]:
+    low01, high01 = torch.minimum(p[0], p[1]), torch.maximum(p[0], p[1])
+    low23, high23 = torch.minimum(p[2], p[3]), torch.maximum(p[2], p[3])
+    inner_a, inner_b = torch.minimum(high01, high23), torch.maximum(low01, low23)
+    return [
+        torch.maximum(high01, high23),
+        torch.maximum(inner_a, inner_b),
+        torch.minimum(inner_a, inner_b),
+        torch.minimum(low01, low23),
+    ]
+
+
+def _three(t: Planes) -> tuple[Tensor, list[Tensor]]:
+    """The minimum with three non-zero entries for lam = 1: the larger root r of psi, and u1, u2, u3.
 
     psi(r) = 1/2 (t1 + S1)(t2 + S2) + r - t3 with S_i = sqrt(r^2 + t_i^2 - t3^2), u3 = (t3 + r) / 2, u_i = (t_i + S_i) / 2.
+    Where there is no minimum r ends at -t3 (u3 = 0) or at a point with u1^2 + u2^2 >= 1: a Hessian that is not positive
+    definite there implies it, so the comparison with two entries rejects both.
     """
     t1, t2, t3 = t[:3]
     tiny = torch.finfo(t1.dtype).tiny
-    small = _SMALL_STEP[t1.dtype] * t3
+    small, floor = _SMALL_STEP[t1.dtype] * t3, -t3
     excess1, excess2 = (t1 - t3).mul_(t1 + t3), (t2 - t3).mul_(t2 + t3)
     # The first Newton step, from r = t3, needs no square root: psi = 2 t1 t2 and psi' = 1 + t3 (t1/t2 + t2/t1).
     product = t1 * t2
     slope = torch.addcmul(t1 * t1, t2, t2).mul_(t3).add_(product).clamp_min_(tiny)
     r = torch.addcmul(t3, product, product / slope, value=-2)
-    exists = torch.ones_like(r, dtype=torch.bool)
+    torch.maximum(r, floor, out=r)
     for step_number in range(_NUM_NEWTON[t1.dtype]):
         s1, s2 = torch.addcmul(excess1, r, r).sqrt_(), torch.addcmul(excess2, r, r).sqrt_()
         sum1, sum2 = s1 + t1, s2 + t2
         psi = torch.addcmul(r - t3, sum1, sum2, value=0.5)
         # psi' times S1 S2, so that one division serves; it has the sign of the Hessian's determinant.
         product = s1 * s2
-        curvature = torch.addcmul(sum1.mul_(s1), sum2, s2)
-        slope = torch.addcmul(product, r, curvature, value=0.5)
-        exists.logical_and_(slope > 0)
-        step = psi.mul_(product).div_(slope.clamp_min_(tiny))
-        r = r.sub_(step)
-        if step_number + 1 < _NUM_NEWTON[t1.dtype] and not bool((step > small).any()):
+        curvature = sum1.mul_(s1).addcmul_(sum2, s2)
+        slope = torch.addcmul(product, r, curvature, value=0.5).clamp_min_(tiny)
+        step = psi.mul_(product).div_(slope)
+        r.sub_(step)
+        torch.maximum(r, floor, out=r)
+        if step_number + 1 < _NUM_NEWTON[t1.dtype] and not bool(step.sub_(small).amax() > 0):
             break
     u1 = torch.addcmul(excess1, r, r).sqrt_().add_(t1).mul_(0.5)
     u2 = torch.addcmul(excess2, r, r).sqrt_().add_(t2).mul_(0.5)
-    u3 = (r + t3).mul_(0.5)
-    exists.logical_and_(u3 > 0)
-    # One Gauss-Seidel sweep never raises the objective; it restores small entries whose squares underflow above.
-    u2 = torch.addcmul(t2, u1, u3, value=-1).clamp_min_(0)
-    u1 = torch.addcmul(t1, u2, u3, value=-1).clamp_min_(0)
-    u3 = torch.addcmul(t3, u1, u2, value=-1).clamp_min_(0)
-    return [u1, u2, u3], exists.logical_and_(u3 > 0)
+    return r, [u1, u2, (r + t3).mul_(0.5)]
 
 
-def _dense(t: Planes) -> tuple[list[Tensor], Tensor]:
-    """The minimum with four non-zero entries for lam = 1, and where it exists: the larger root of phi.
+# The smallest entry's d, as the sum of the entries s, cannot leave [-5, 5] where the early-out has not decided.
+_LOWEST_V = -5.0
+
+
+def _dense(t: Planes, t_at: Tensor) -> Tensor:
+    """The minimum with four non-zero entries for lam = 1, at the places of `t_at`: from the larger root of phi.
 
     phi(v) = slope0 v - 2 + w0 sqrt(v^2 + p0) + 1/2 sum_i sqrt(v^2 + p_i), with v the smallest entry's d where c <= 0, the
-    sum of the entries where c > 0 (cases A and B of reference 3.2).
+    sum of the entries where c > 0 (cases A and B of reference 3.2). Where there is no such minimum the result is some
+    point of the box [0, t], which the comparison of objectives judges like any other.
     """
     t1, t2, t3, t4 = t
     tiny = torch.finfo(t1.dtype).tiny
     total = (t1 + t2).add_(t3).add_(t4)
     c = torch.add(t4 * 4, total, alpha=-2).add_(1)
-    case_b = c > 0
-    p0, base = c.abs(), c.clamp_min(0)
-    p = [torch.add(base, plane - t4, alpha=4) for plane in (t1, t2, t3)]
-    slope0 = torch.where(case_b, 1.0, 0.5).to(t1.dtype)
+    case_a = _negative(c.clone())
+    p0, base = c.abs(), c.clamp_min_(0)
+    p1, p2, p3 = (torch.add(base, plane - t4, alpha=4) for plane in (t1, t2, t3))
+    half = torch.full_like(t1, 0.5)
+    slope0 = 1 - _masked(half, case_a)
     w0 = 1.5 - slope0
-    v = torch.where(case_b, total.clamp_max(2 / 3), 2 / 3)
-    exists = torch.ones_like(case_b)
-    small = _SMALL_STEP[t1.dtype]
+    v = _select(case_a, torch.full_like(t1, 2 / 3), total.clamp_max_(2 / 3))
     for step_number in range(_NUM_NEWTON[t1.dtype]):
         square = v * v
-        r0, r1, r2, r3 = (torch.add(square, q).sqrt_() for q in (p0, *p))
-        outer = w0 * r0
-        phi = torch.addcmul(outer - 2, slope0, v)
-        phi = phi.add_(r1, alpha=0.5).add_(r2, alpha=0.5).add_(r3, alpha=0.5)
-        # phi' times the four radicals: one division for four reciprocals.
+        r0, r1, r2, r3 = (torch.add(square, q).sqrt_() for q in (p0, p1, p2, p3))
         pair, pair_sum = r1 * r2, r1 + r2
-        triple = pair * r3
+        phi = torch.addcmul(pair_sum + r3, w0, r0, value=2).mul_(0.5).sub_(2).addcmul_(slope0, v)
+        # phi' times the four radicals: one division for four reciprocals.
         reciprocals = torch.addcmul(pair, r3, pair_sum).mul_(r0).mul_(0.5)
-        reciprocals = torch.addcmul(reciprocals, w0, triple)
+        triple = pair.mul_(r3)
+        reciprocals.addcmul_(w0, triple)
         product = triple.mul_(r0)
-        slope = torch.addcmul(slope0 * product, v, reciprocals)
-        exists.logical_and_(slope > 0)
-        step = phi.mul_(product).div_(slope.clamp_min_(tiny))
-        v = v.sub_(step)
-        if step_number + 1 < _NUM_NEWTON[t1.dtype] and not bool((step > small).any()):
+        slope = (slope0 * product).addcmul_(v, reciprocals).clamp_min_(tiny)
+        step = phi.mul_(product).div_(slope)
+        v.sub_(step).clamp_min_(_LOWEST_V)
+        if step_number + 1 < _NUM_NEWTON[t1.dtype] and not bool(step.amax() > _SMALL_STEP[t1.dtype]):
             break
     square = v * v
     r0 = torch.add(square, p0).sqrt_()
-    total_u, d4 = torch.where(case_b, v, r0), torch.where(case_b, r0, v)
-    half = total_u.sub_(1).mul_(0.5)
-    u = [torch.add(half, torch.add(square, q).sqrt_(), alpha=0.5) for q in p]
-    u.append(torch.add(half, d4, alpha=0.5))
-    # s - 1 + d cancels for tiny t; 0 <= u <= t and two sweeps from the smallest entry on restore every digit.
-    u = [torch.minimum(x.clamp_min_(0), bound) for x, bound in zip(u, t, strict=True)]
-    for _ in range(2):
-        pair, pair_sum = u[0] * u[1], u[0] + u[1]
-        u[3] = torch.addcmul(t4 - pair, pair_sum, u[2], value=-1).clamp_min_(0)
-        u[2] = torch.addcmul(t3 - pair, pair_sum, u[3], value=-1).clamp_min_(0)
-        pair, pair_sum = u[2] * u[3], u[2] + u[3]
-        u[1] = torch.addcmul(t2 - pair, pair_sum, u[0], value=-1).clamp_min_(0)
-        u[0] = torch.addcmul(t1 - pair, pair_sum, u[1], value=-1).clamp_min_(0)
-    return u, exists.logical_and_(u[3] > 0)
-
-
-def _dense_minus_three(t: Planes, dense: Planes, three: Planes) -> Tensor:
-    """f4 - f3 with the common terms dropped."""
-    d, u = dense, three
-    # (d - t)^2 - (u - t)^2 = (d - u)(d + u - 2t): no cancellation between two close squares.
-    squares = torch.addcmul(d[3] * d[3], d[3], t[3], value=-2)
-    for i in range(3):
-        squares = torch.addcmul(squares, d[i] - u[i], (d[i] + u[i]).sub_(t[i], alpha=2))
-    pair_low, pair_high = d[0] * d[1], d[2] * d[3]
-    cubic = torch.addcmul(pair_low * (d[2] + d[3]), pair_high, d[0] + d[1])
-    return torch.addcmul(cubic, u[0] * u[1], u[2], value=-1).add_(squares, alpha=0.5)
+    u = torch.add(square.add_(base), t_at - t4, alpha=4).sqrt_()
+    smallest_d = _select(case_a, v, r0)
+    if bool(smallest_d.amin() < 0):
+        wrong_sign = smallest_d.sub_(smallest_d.abs())
+        u.add_(_masked(wrong_sign, _negative(t4 - t_at).bitwise_not_()))
+    u.add_(_select(case_a, r0, v)).sub_(1).mul_(0.5)
+    # s - 1 + d cancels for tiny t. With 0 <= u <= t the error is at most t, and one sweep over the coordinates multiplies
+    # it by the size of t: every digit is restored.
+    torch.minimum(u.clamp_min_(0), t_at, out=u)
+    for i in (3, 1):
+        pair, pair_sum = u[i - 3] * u[i - 2], u[i - 3] + u[i - 2]
+        for j, other in ((i, i - 1), (i - 1, i)):
+            torch.sub(t_at[j], pair, out=u[j]).addcmul_(pair_sum, u[other], value=-1).clamp_min_(0)
+    return u
 
 
 def _groups(w: Tensor) -> Tensor:
