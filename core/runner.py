@@ -23,9 +23,10 @@ from rich.console import Console
 
 from core import report
 from core.data import catalog
+from core.data.cache import files_digest
 from core.errors import CannotRunHere, InvalidEvidence, RunInProgress, TenfoldError, unknown_name
 from core.experiment import Evidence, Kind, Preset, Verdict, claims, contradicts, load_preset
-from core.files import hash_files, write_atomic
+from core.files import write_atomic
 from core.machine import machine, versions
 from core.parallel import Outcome, Pool, Progressed, Started, Status, Task
 from core.report import ClaimRow, PaperCard, RunState
@@ -402,7 +403,7 @@ def record_key(package: str, preset: Preset) -> str:
     for name in ("core", package):
         spec = importlib.util.find_spec(name)
         folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path()
-        code[name] = hash_files(folder.rglob("*.py"), relative_to=folder)
+        code[name] = files_digest(sorted(folder.rglob("*.py")))
     values = preset.values()
     specs = {text for value in values.values() for text in _strings(value) if catalog.is_spec(text)}
     data = {}
