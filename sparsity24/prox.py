@@ -188,7 +188,8 @@ def _early_out(z: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Where more than the two largest entries might survive (all bits set), and the group with only those two."""
     a = z.abs()
     first, second, third, _ = _sorted_values(a.unbind(0))
-    active = torch.sub((first * lam).mul_(MIN_THIRD).mul_(second), third)
+    # From the smaller factor on, so that an overflow never meets a zero.
+    active = torch.sub((second * lam).mul_(MIN_THIRD).mul_(first), third)
     active = _negative(active).bitwise_and_(_negative(torch.sub(first, MAX_DENSE / lam)))
     # Comparing |z| instead of lam |z| keeps the order where the product overflows or underflows.
     two = _masked(z, _negative(third - a))
@@ -392,7 +393,7 @@ def _per_group(lam: float | Tensor, z: Tensor, num_groups: int, dtype: torch.dty
         value = float(lam)
         if not (math.isfinite(value) and value >= 0):
             raise InvalidInput(f"`lam` must be a finite number >= 0 and is {value}.")
-        return value
+        return min(value, torch.finfo(dtype).max)
     if not bool((torch.isfinite(lam) & (lam >= 0)).all()):
         raise InvalidInput("`lam` must be finite and >= 0 everywhere; the tensor given is not.")
     shape = (*z.shape[:-1], num_groups)

@@ -1,0 +1,48 @@
+"""One layer from dense to 2:4: a method chooses the mask, a refinement polishes the weights on it.
+
+result = prune_layer(W0, H, "prox", refine="cg")
+result.weight, result.mask, result.rel_loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsity24 import refinement
+from sparsity24.methods import Method, as_method
+from sparsity24.problem import LayerResult, ProxHistory, local_loss, prepared, relative_loss
+from sparsity24.prox import is_24, top2_mask
+
+__all__ = ["LayerResult", "ProxHistory", "local_loss", "prune_layer", "relative_loss"]
+
+
+def prune_layer(
+    dense: Float[Tensor, "rows width"],
+    hessian: Float[Tensor, "width width"],
+    method: str | Method = "prox",
+    refine: str = "cg",
+    *,
+    steps: int = 20,
+    tol: float = 1e-4,
+    name: str = "the layer",
+) -> LayerResult:
+    """The 2:4-sparse weight that `method` and then `refine` make of `dense`, with its loss relative to the zero weight.
+
+    `method` is a name of `sparsity24.methods.METHODS` or an instance; `refine` is `none`, `gd`, `nesterov`, `cg` or
+    `exact` (see `sparsity24.refinement.refine` for `steps` and `tol`). A weight that is 2:4 already stays as it is.
+    Raises `InvalidInput` (a `ValueError`) with `name` in its message on NaN and on a width that is not a multiple of 4.
+    """
+    chosen = as_method(method)
+    w0, h = prepared(dense, hessian, name=name)
+    if is_24(dense):
+        return LayerResult(dense.clone(), top2_mask(dense.abs()), rel_loss=0.0)
+    pruned = chosen.prune(dense, hessian)
+    if refine == "none":
+        return pruned
+    weight, info = refinement.refine(pruned.weight, pruned.mask, dense, hessian, refine, steps=steps, tol=tol)
+    return replace(
+        pruned, weight=weight, rel_loss=relative_loss(weight, w0, h), relative_residual=info.relative_residual
+    )

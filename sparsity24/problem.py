@@ -1,0 +1,110 @@
+"""The layer-wise problem (reference 2): find a 2:4-sparse W near W0 in the metric of the layer's inputs.
+
+L(W) = Tr((W - W0) H (W - W0)^T), with H the mean of x x^T over calibration tokens. Weights are (rows, width) as
+`nn.Linear` stores them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from core.errors import InvalidInput
+from sparsity24.prox import WrongDtype
+
+
+@dataclass(frozen=True)
+class ProxHistory:
+    """How Algorithm 2 went: per iteration lambda and the share of groups that were 2:4 after it.
+
+    `final_iterate` is W before the projection onto 2:4. `steps_promised` is the number of iterations after which the
+    threshold of the proximal operator makes every group 2:4, from the smallest of the largest magnitudes that a group had
+    on the way; None when lambda does not grow.
+    """
+
+    lams: tuple[float, ...]
+    share_24: tuple[float, ...]
+    final_iterate: Float[Tensor, "rows width"]
+    steps_promised: int | None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A pruned weight, its mask (exactly two kept places a group), and its loss relative to that of the zero weight.
+
+    `iterations` counts the method's own steps (0 where it has none). `relative_residual` is that of the refinement, None
+    without one.
+    """
+
+    weight: Float[Tensor, "rows width"]
+    mask: Bool[Tensor, "rows width"]
+    rel_loss: float
+    iterations: int = 0
+    history: ProxHistory | None = None
+    relative_residual: float | None = None
+
+
+def local_loss(
+    weight: Float[Tensor, "rows width"], dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]
+) -> float:
+    """L(W) = Tr((W - W0) H (W - W0)^T), the squared output error a token summed over outputs (reference 2)."""
+    difference = weight.to(hessian.dtype) - dense.to(hessian.dtype)
+    return float((difference @ hessian).mul_(difference).sum(dtype=torch.float64))
+
+
+def relative_loss(
+    weight: Float[Tensor, "rows width"], dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]
+) -> float:
+    """L(W) / L(0); 0 for a layer whose inputs or weights are all zero."""
+    scale = local_loss(torch.zeros_like(dense), dense, hessian)
+    return local_loss(weight, dense, hessian) / scale if scale > 0 else 0.0
+
+
+def prepared(
+    dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"], *, name: str = "the layer"
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "width width"]]:
+    """`dense` and the symmetrised `hessian`, both in float64 if one is, else in float32.
+
+    Raises `InvalidInput` on NaN, on infinities and on a width that is not a multiple of four, `TypeError` on weights that
+    are not real floating-point numbers; each message says `name`.
+    """
+    if not dense.is_floating_point():
+        raise WrongDtype(f"The weights of {name} are {dense.dtype}; real floating-point numbers are needed.")
+    if dense.shape[1] % 4:
+        raise InvalidInput(
+            f"2:4 groups run along the input axis, which must be a multiple of 4; the weight of {name} has shape "
+            f"{tuple(dense.shape)}. Leave it dense: skip=[...] names layers to leave."
+        )
+    for value, what in ((dense, "weights"), (hessian, "Hessian (the calibration activations)")):
+        if not bool(torch.isfinite(value).all()):
+            raise InvalidInput(f"The {what} of {name} hold NaN or infinite values; nothing of this layer was changed.")
+    dtype = torch.float64 if torch.float64 in (dense.dtype, hessian.dtype) else torch.float32
+    hessian = hessian.to(device=dense.device, dtype=dtype)
+    return dense.to(dtype), 0.5 * (hessian + hessian.T)
+
+
+def damped(hessian: Float[Tensor, "width width"], damping: float) -> Float[Tensor, "width width"]:
+    """H + damping * mean(diag H) * I, with H_jj = 1 first where a feature is dead (H_jj = 0)."""
+    diagonal = hessian.diagonal()
+    result = hessian.clone()
+    result.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
+    result.diagonal().add_(damping * result.diagonal().mean())
+    return result
+
+
+def alive(hessian: Float[Tensor, "width width"]) -> Bool[Tensor, "width"]:
+    """The features that were ever non-zero: H_jj > 0."""
+    return hessian.diagonal() > 0
+
+
+def largest_eigenvalue(matrix: Float[Tensor, "width width"], num_steps: int = 30) -> float:
+    """An upper estimate of a PSD matrix' largest eigenvalue: power iteration and one per cent (reference 12, hint 5)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(matrix.shape[0], generator=generator, dtype=matrix.dtype).to(matrix.device)
+    for _ in range(num_steps):
+        x = matrix @ x
+        x /= x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    return 1.01 * float(x @ (matrix @ x)) or 1.0

@@ -1,0 +1,184 @@
+"""Masked refinement (reference 3.4): the weights on a fixed mask that minimise the local loss, from any mask.
+
+Rows share H, so one step of any of the iterative solvers is one matrix product for the whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from core.errors import InvalidInput, unknown_name
+from sparsity24.problem import largest_eigenvalue, prepared
+
+How = Literal["gd", "nesterov", "cg", "exact"]
+
+# Rows of a chunk: the working arrays stay in cache between the products.
+_CHUNK_NUMEL = 1 << 18
+# The stacked sub-matrices of `exact` stay below this many doubles.
+_EXACT_NUMEL = 1 << 25
+
+
+@dataclass(frozen=True)
+class RefineInfo:
+    """Steps taken, and the norm of the masked gradient relative to that of the target weights (preconditioned units)."""
+
+    steps: int
+    relative_residual: float
+
+
+def refine(
+    weight: Float[Tensor, "rows width"],
+    mask: Bool[Tensor, "rows width"],
+    dense: Float[Tensor, "rows width"],
+    hessian: Float[Tensor, "width width"],
+    how: How | str = "cg",
+    *,
+    steps: int = 20,
+    tol: float = 1e-4,
+) -> tuple[Float[Tensor, "rows width"], RefineInfo]:
+    """Weights on `mask` with a lower local loss, started from `weight`: min of Tr((W - W0) H (W - W0)^T).
+
+    `gd` takes the paper's gradient steps of length 1/L; `nesterov` and `cg` work in the metric of diag(H); `exact` solves
+    every row by Cholesky factorisation and ignores `steps`. Iterations end early at a relative residual of `tol`. No
+    row's loss rises: a row that rounding or momentum would leave worse keeps its start. Raises `InvalidInput` on NaN, on
+    an unknown `how` and on negative `steps`.
+    """
+    solvers: dict[str, Solver] = {"gd": _gradient, "nesterov": _nesterov, "cg": _conjugate_gradient, "exact": _exact}
+    if how not in solvers:
+        raise unknown_name("refinement", how, solvers)
+    if steps < 0:
+        raise InvalidInput(f"`steps` must be at least 0; got {steps}.")
+    w0, h = prepared(dense, hessian)
+    # V = W D and A = D^-1 H D^-1 with D = diag(H)^(1/2): Jacobi preconditioning, once and for all.
+    scale = h.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    a = h * inverse * inverse[:, None]
+    if how == "gd":
+        rate = scale.square() / largest_eigenvalue(h)
+    else:
+        rate = torch.ones_like(scale) / (largest_eigenvalue(a) if how == "nesterov" else 1.0)
+    start = weight.to(w0.dtype) * mask
+    result, num_steps, residual, size = torch.empty_like(w0), 0, 0.0, 0.0
+    rows_a_chunk = max(1, _CHUNK_NUMEL // max(1, w0.shape[1]))
+    for first in range(0, len(w0), rows_a_chunk):
+        piece = slice(first, first + rows_a_chunk)
+        # A feature that was never seen keeps its weight: no loss depends on it.
+        free = (mask[piece] & (scale > 0)).to(w0.dtype)
+        target, origin = w0[piece] * scale, start[piece] * scale
+        norm = float((target * free).square().sum())
+        before = (origin - target) @ a
+        v = origin.clone()
+        num_steps = max(num_steps, solvers[how](v, before * free, _Problem(a, free, rate, tol**2 * norm), steps))
+        after = (v - target) @ a
+        worse = ((after * (v - target)).sum(1) > (before * (origin - target)).sum(1))[:, None]
+        residual += float((torch.where(worse, before, after) * free).square().sum())
+        size += norm
+        result[piece] = torch.where((free > 0) & ~worse, v * inverse, start[piece])
+    relative = (residual / size) ** 0.5 if size > 0 else 0.0
+    return (result + 0.0).to(dense.dtype), RefineInfo(num_steps, relative)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Curvature A, the places that may move (1 or 0), step length a feature, squared gradient norm that is enough."""
+
+    a: Tensor
+    free: Tensor
+    rate: Tensor
+    enough: float
+
+
+# Moves `v` in place, given the masked gradient at it; returns the steps taken.
+Solver = Callable[[Tensor, Tensor, _Problem, int], int]
+
+
+def _gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
+    for step in range(steps):
+        if float(gradient.square().sum()) <= problem.enough:
+            return step
+        move = gradient * problem.rate
+        v -= move
+        # The gradient of a quadratic changes by the move times the curvature: one product a step.
+        gradient = gradient.addcmul_(move @ problem.a, problem.free, value=-1)
+    return steps
+
+
+def _nesterov(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
+    point, ahead, momentum = v.clone(), gradient, 1.0
+    moved, moved_gradient = v.clone(), gradient.clone()
+    for step in range(steps):
+        if float(moved_gradient.square().sum()) <= problem.enough:
+            return step
+        move = ahead * problem.rate
+        after = point - move
+        after_gradient = ahead - (move @ problem.a) * problem.free
+        # Rows that turn uphill start their momentum anew.
+        uphill = ((after - moved) * ahead).sum(1, keepdim=True) > 0
+        following = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
+        push = torch.where(uphill, 0.0, (momentum - 1) / following)
+        point = after + push * (after - moved)
+        ahead = after_gradient + push * (after_gradient - moved_gradient)
+        moved, moved_gradient, momentum = after, after_gradient, following
+        v.copy_(moved)
+    return steps
+
+
+def _conjugate_gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
+    eps = torch.finfo(v.dtype).eps
+    direction, square = -gradient, gradient.square().sum(1, keepdim=True)
+    for step in range(steps):
+        if float(square.sum()) <= problem.enough:
+            return step
+        image = (direction @ problem.a).mul_(problem.free)
+        bend = (direction * image).sum(1, keepdim=True)
+        # A direction that the inputs never span has no curvature; moving along it is noise.
+        flat = bend <= eps * direction.square().sum(1, keepdim=True)
+        length = torch.where(flat, 0.0, square / bend)
+        v.addcmul_(direction, length)
+        gradient.addcmul_(image, length)
+        following = gradient.square().sum(1, keepdim=True)
+        ratio = torch.where(square > 0, following / square, 0.0)
+        direction.mul_(ratio).sub_(gradient)
+        square = following
+    return steps
+
+
+def _exact(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
+    """Every row by the Cholesky factor of its own A[M, M] in float64, rows of a batch filled up to equal size."""
+    count = problem.free.sum(1).long()
+    size = int(count.max()) if len(count) else 0
+    if size == 0:
+        return 0
+    a = problem.a.double()
+    order = problem.free.argsort(dim=1, descending=True, stable=True)[:, :size]
+    used = torch.arange(size, device=v.device) < count[:, None]
+    batch = max(1, _EXACT_NUMEL // size**2)
+    for first in range(0, len(v), batch):
+        piece = slice(first, first + batch)
+        index, real = order[piece], used[piece]
+        both = real[:, :, None] & real[:, None, :]
+        system = torch.where(both, a[index[:, :, None], index[:, None, :]], 0.0)
+        system.diagonal(dim1=1, dim2=2).add_(torch.where(real, 0.0, 1.0))
+        right = torch.where(real, gradient[piece].double().gather(1, index), 0.0)
+        correction = torch.where(real, _solve(system, right), 0.0)
+        v[piece].scatter_add_(1, index, -correction.to(v.dtype))
+    return 1
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """Solution of a stack of PSD systems with unit diagonals, each with the least damping under which it factorises."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    damping = 1e-12
+    while bool(failed.any()) and damping <= 1.0:
+        bad = failed != 0
+        shifted = system[bad]
+        shifted.diagonal(dim1=1, dim2=2).add_(damping)
+        factor[bad], failed[bad] = torch.linalg.cholesky_ex(shifted)
+        damping *= 10
+    return torch.cholesky_solve(right[:, :, None], factor).squeeze(2)
