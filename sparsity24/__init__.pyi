@@ -1,0 +1,16 @@
+from .export import save as save
+from .export import verify as verify
+from .layer import LayerResult as LayerResult
+from .layer import prune_layer as prune_layer
+from .methods import Magnitude as Magnitude
+from .methods import ProxPruner as ProxPruner
+from .methods import Random as Random
+from .methods import SparseGPT as SparseGPT
+from .methods import Wanda as Wanda
+from .model import PruneReport as PruneReport
+from .model import prune_model as prune_model
+from .prox import is_24 as is_24
+from .prox import project24 as project24
+from .prox import prox24 as prox24
+from .prox import r24 as r24
+from .refinement import refine as refine
