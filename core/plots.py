@@ -25,21 +25,24 @@ COLORS = ("#2b7bba", "#cf5c1c", "#158a68", "#b05c99", "#97780f", "#747b84")
 _NAMESPACE = "http://www.w3.org/2000/svg"
 _MAX_DEPTH = 60
 
-_ELEMENTS = frozenset(
-    "svg g defs path use clipPath rect line polyline polygon circle ellipse text tspan title desc marker pattern image "
-    "linearGradient radialGradient stop".split()
-)
-_PROPERTIES = frozenset(
-    "clip-path clip-rule color fill fill-opacity fill-rule font font-size font-style font-weight marker marker-end "
-    "marker-mid marker-start opacity stop-color stop-opacity stroke stroke-dasharray stroke-dashoffset stroke-linecap "
-    "stroke-linejoin stroke-miterlimit stroke-opacity stroke-width text-anchor dominant-baseline white-space "
-    "image-rendering".split()
-)
-_ATTRIBUTES = _PROPERTIES | frozenset(
-    "id viewBox width height x y x1 y1 x2 y2 cx cy r rx ry fx fy dx dy d points transform offset gradientUnits "
-    "gradientTransform spreadMethod clipPathUnits markerWidth markerHeight markerUnits refX refY orient patternUnits "
-    "patternContentUnits patternTransform preserveAspectRatio role aria-label".split()
-)
+# fmt: off
+_ELEMENTS = frozenset({
+    "svg", "g", "defs", "path", "use", "clipPath", "rect", "line", "polyline", "polygon", "circle", "ellipse",
+    "text", "tspan", "title", "desc", "marker", "pattern", "image", "linearGradient", "radialGradient", "stop",
+})
+_PROPERTIES = frozenset({
+    "clip-path", "clip-rule", "color", "fill", "fill-opacity", "fill-rule", "font", "font-size", "font-style",
+    "font-weight", "marker", "marker-end", "marker-mid", "marker-start", "opacity", "stop-color", "stop-opacity",
+    "stroke", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "stroke-linejoin", "stroke-miterlimit",
+    "stroke-opacity", "stroke-width", "text-anchor", "dominant-baseline", "white-space", "image-rendering",
+})
+_ATTRIBUTES = _PROPERTIES | frozenset({
+    "id", "viewBox", "width", "height", "x", "y", "x1", "y1", "x2", "y2", "cx", "cy", "r", "rx", "ry", "fx", "fy",
+    "dx", "dy", "d", "points", "transform", "offset", "gradientUnits", "gradientTransform", "spreadMethod",
+    "clipPathUnits", "markerWidth", "markerHeight", "markerUnits", "refX", "refY", "orient", "patternUnits",
+    "patternContentUnits", "patternTransform", "preserveAspectRatio", "role", "aria-label",
+})
+# fmt: on
 _HARMLESS = re.compile(r"[\w\s#.,%()'\"+-]*")
 _REFERENCE = re.compile(r"url\(\s*(['\"]?)#([\w.-]+)\1\s*\)")
 
@@ -157,10 +160,10 @@ def _clean_value(value: str, prefix: str) -> str | None:
     """The value with its references renamed and black as the page's colour; None when it reaches outside the figure."""
     if not _HARMLESS.fullmatch(value):
         return None
-    value = _REFERENCE.sub(rf"url(#{prefix}\2)", value)
-    if "url" in re.sub(r"url\(#[\w.-]+\)", "", value, flags=re.IGNORECASE).lower():
-        return None
-    return re.sub(r"#000000\b|#000\b|\bblack\b", "currentColor", value)
+    if "url" in value.lower():
+        inside = _REFERENCE.fullmatch(value)
+        return f"url(#{prefix}{inside[2]})" if inside else None
+    return "currentColor" if value.strip().lower() in ("#000000", "#000", "black") else value
 
 
 def _size_in_pixels(root: ElementTree.Element) -> None:

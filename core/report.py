@@ -208,13 +208,14 @@ def render(papers: Sequence[tuple[PaperCard, Sequence[ClaimRow]]], state: RunSta
     views = [_PaperView(card, [_claim_view(card, row) for row in rows]) for card, rows in papers]
     claims = [claim for view in views for claim in view.claims]
     now = datetime.now(state.started.tzinfo)
-    finished = sum(claim.finished for claim in claims)
+    current = [claim for claim in claims if claim.outcome != "stale"]
+    finished, total = sum(claim.finished for claim in current), len(current)
     return _template("report.html").render(
-        title=f"tenfold · {finished}/{len(claims)} claims" if state.ended is None else "tenfold",
+        title=f"tenfold · {finished}/{total} claims" if state.ended is None else "tenfold",
         papers=views,
         counts=_counts(claims),
         finished=finished,
-        total=len(claims),
+        total=total,
         state=state,
         elapsed=duration(((state.ended or now) - state.started).total_seconds()),
         running=state.ended is None,
@@ -320,7 +321,7 @@ def _claim_view(card: PaperCard, row: ClaimRow) -> _ClaimView:
         id=identity,
         command=f"papers reproduce {card.package}/{row.number} --preset full",
         outcome=outcome if outcome in _OUTCOMES else "stale",
-        finished=status not in ("waiting", "running"),
+        finished=status not in ("waiting", "running", "stale"),
         evidence=evidence,
         headline=headline or error.strip().rpartition("\n")[2],
         error=error,
@@ -361,19 +362,20 @@ def _interval_plots(evidence: _Evidence) -> list[dict[str, Any]]:
         rows = []
         for comparison, control in members:
             interval = comparison.interval
+            estimate, low_text, high_text = _interval_texts(interval, signed=comparison.margin <= 0)
             rows.append(
                 {
                     "label": comparison.label,
                     "control": control,
                     "verdict": comparison.verdict.value,
-                    "estimate": number(interval.estimate, signed=True),
-                    "low": number(interval.low, signed=True),
-                    "high": number(interval.high, signed=True),
+                    "estimate": estimate,
+                    "low": low_text,
+                    "high": high_text,
                     "x": place(interval.estimate),
                     "x_low": place(interval.low),
                     "x_high": place(interval.high),
                     "x_margin": place(comparison.margin),
-                    "margin": number(comparison.margin, signed=comparison.margin != 0),
+                    "margin": number(comparison.margin),
                 }
             )
         plots.append(
@@ -389,6 +391,16 @@ def _interval_plots(evidence: _Evidence) -> list[dict[str, Any]]:
     return plots
 
 
+def _interval_texts(interval: _Interval, *, signed: bool) -> tuple[str, str, str]:
+    """The estimate and the ends, in as many decimals as the width has meaning: two digits of it."""
+    width = interval.high - interval.low
+    decimals = 1 - math.floor(math.log10(width)) if width > 0 else -1
+    if not 0 <= decimals <= 5:
+        return number(interval.estimate, signed=signed), number(interval.low), number(interval.high)
+    estimate = f"{interval.estimate:{'+' if signed else ''},.{decimals}f}"
+    return _typeset(estimate), _typeset(f"{interval.low:,.{decimals}f}"), _typeset(f"{interval.high:,.{decimals}f}")
+
+
 def _basis(interval: _Interval) -> str:
     seeds = f"{interval.num_seeds} seed{'' if interval.num_seeds == 1 else 's'}"
     items = "" if interval.num_items is None else f", {number(interval.num_items)} items"
@@ -396,8 +408,8 @@ def _basis(interval: _Interval) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, four or five of them."""
-    rough = (high - low) / 4
+    """Round numbers between `low` and `high`, about five of them."""
+    rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
     first, last = math.ceil(low / step), math.floor(high / step)
@@ -430,13 +442,14 @@ def _text(cell: Any) -> str:
 
 
 def numbers(column: Sequence[Any]) -> list[str]:
-    """The cells of one column: with common decimals where four digits of the largest leave two of the smallest."""
+    """The cells of one column, with common decimals where these show every number well in at most five digits."""
     sizes = [abs(cell) for cell in column if cell]
-    if any(isinstance(cell, float) for cell in column) and sizes and 1e-4 <= min(sizes) and max(sizes) < 1e6:
-        decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
-        if min(sizes) >= 10.0 ** (1 - decimals) or decimals == 0:
-            while decimals and all(round(cell or 0, decimals) == round(cell or 0, decimals - 1) for cell in column):
-                decimals -= 1
+    if sizes and any(isinstance(cell, float) for cell in column):
+        largest, smallest = (math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
+        decimals = max(0, 3 - largest, 2 - smallest)
+        while decimals and all(round(cell or 0, decimals) == round(cell or 0, decimals - 1) for cell in column):
+            decimals -= 1
+        if max(largest, 0) + 1 + decimals <= 5:
             return ["–" if cell is None else _typeset(f"{cell:,.{decimals}f}") for cell in column]
     return ["–" if cell is None else number(cell) for cell in column]
 

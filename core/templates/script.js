@@ -56,7 +56,6 @@
     setInterval(() => {
       // Never pull the page from under a reader who is selecting text, or reload one that nobody sees.
       if (document.hidden || !getSelection().isCollapsed) return;
-      keepPlace();
       location.reload();
     }, seconds * 1000);
   };
@@ -85,8 +84,12 @@
       document.addEventListener("toggle", name, true);
     }
 
-    if (root.dataset.refresh) { history.scrollRestoration = "manual"; findPlace(); }
-    if (location.hash && !(root.dataset.refresh && remember("sessionStorage", place))) openTarget();
+    // Rows and place survive the page's own reload, the reader's, and the way back from a link.
+    history.scrollRestoration = "manual";
+    const arrival = performance.getEntriesByType("navigation")[0]?.type;
+    if (arrival === "reload" || arrival === "back_forward") findPlace();
+    else openTarget();
+    addEventListener("pagehide", keepPlace);
     addEventListener("hashchange", openTarget);
     watch();
   });
