@@ -349,10 +349,12 @@ def _interval_plots(evidence: _Evidence) -> list[dict[str, Any]]:
     plots = []
     for unit in dict.fromkeys(comparison.unit for comparison, _ in found):
         members = [(comparison, control) for comparison, control in found if comparison.unit == unit]
-        numbers = [0.0]
+        # A ratio is judged against a margin such as 10 and has no use for a plus sign.
+        signed = all(comparison.margin <= 0 for comparison, _ in members)
+        extent = [0.0]
         for comparison, _ in members:
-            numbers += [comparison.interval.low, comparison.interval.high, comparison.margin]
-        low, high = min(numbers), max(numbers)
+            extent += [comparison.interval.low, comparison.interval.high, comparison.margin]
+        low, high = min(extent), max(extent)
         pad = 0.07 * (high - low) or 1.0
         low, high = low - pad, high + pad
 
@@ -362,7 +364,7 @@ def _interval_plots(evidence: _Evidence) -> list[dict[str, Any]]:
         rows = []
         for comparison, control in members:
             interval = comparison.interval
-            estimate, low_text, high_text = _interval_texts(interval, signed=comparison.margin <= 0)
+            estimate, low_text, high_text = _interval_texts(interval, signed=signed)
             rows.append(
                 {
                     "label": comparison.label,
