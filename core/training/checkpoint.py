@@ -63,7 +63,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Mapping[str,
             shutil.rmtree(leftover)
         unfinished.mkdir()
         arrays = {
-            name: np.asarray(value, order="C") for name, value in checkpoint.state.items() if isinstance(value, np.ndarray)
+            name: np.asarray(value, order="C")
+            for name, value in checkpoint.state.items()
+            if isinstance(value, np.ndarray)
         }
         save_file(arrays, unfinished / _ARRAYS)
         scalars = {

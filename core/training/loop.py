@@ -193,7 +193,9 @@ def fit(
     `CheckpointError` when the folder holds another run or a damaged checkpoint, `RunInProgress` when another process
     trains into it, and `InvalidInput` before any work on options that do not fit together.
     """
-    _check_options(step, batches, num_steps, evaluate, evaluate_every, early_stop, checkpoint_dir, checkpoint_every, log_every)
+    _check_options(
+        step, batches, num_steps, evaluate, evaluate_every, early_stop, checkpoint_dir, checkpoint_every, log_every
+    )
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     history, pending = History(), list[Mapping[str, SupportsFloat]]()
     whole_identity = {
@@ -218,7 +220,9 @@ def fit(
             saved = load_checkpoint(folder, whole_identity)
             position = 0 if saved is None else saved.position
             if step.agree(position) != position:
-                raise CheckpointError(f"{folder} must be one folder that every process sees; process {step.rank} does not.")
+                raise CheckpointError(
+                    f"{folder} must be one folder that every process sees; process {step.rank} does not."
+                )
             if saved is not None:
                 step.load_state(saved.state)
                 history, pending = History(**saved.loop["history"]), list(saved.loop["pending"])
@@ -290,7 +294,11 @@ def _finite(pending: Sequence[Mapping[str, SupportsFloat]], position: int) -> li
 
 def _mean(rows: Sequence[Mapping[str, SupportsFloat]]) -> dict[str, float]:
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: math.fsum(values) / len(values) for key in keys if (values := [float(row[key]) for row in rows if key in row])}
+    return {
+        key: math.fsum(values) / len(values)
+        for key in keys
+        if (values := [float(row[key]) for row in rows if key in row])
+    }
 
 
 def _update_early_stop(history: History, rule: EarlyStop, scores: Mapping[str, float]) -> None:
