@@ -31,7 +31,7 @@ _GPU_CHUNK = 1 << 22
 _COMPACT_BELOW = 0.6
 # After a Newton step this small (relative to its scale) the next error is below rounding: convergence is quadratic.
 _SMALL_STEP = {torch.float32: 1e-4, torch.float64: 1e-8}
-_NUM_NEWTON = {torch.float32: 6, torch.float64: 8}
+_NUM_NEWTON = {torch.float32: 6, torch.float64: 12}
 # Below this the squares of the solver underflow, and prox(z) = z to the last bit but for entries below t1^2.
 _NEGLIGIBLE = {torch.float32: 1e-18, torch.float64: 1e-150}
 
@@ -113,7 +113,7 @@ def _is_minimum(u: Tensor, t: Tensor, support: int) -> Tensor:
     x, target = u[:support].t(), t[:support].t()
     total = x.sum(-1, keepdim=True)
     pairs = 0.5 * (total.square() - x.square().sum(-1, keepdim=True)) - x * (total - x)
-    tolerance = 1e2 * torch.finfo(x.dtype).eps
+    tolerance = torch.finfo(x.dtype).eps ** 0.6
     stationary = ((x + pairs - target).abs() <= tolerance * (1 + total)).all(-1)
     hessian = total[..., None] - x[:, :, None] - x[:, None, :]
     hessian.diagonal(dim1=1, dim2=2).fill_(1.0)
@@ -169,12 +169,12 @@ def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups
             continue
         if num_active:
             index = active.nonzero().squeeze(1)
-            lam_active = lam_piece if isinstance(lam_piece, float) else lam_piece[index]
-            unfinished.append((index + start, z[:, piece][:, index], two[:, index], lam_active))
+            unfinished.append((index + start, z[:, piece][:, index], two[:, index]))
         out[:, piece] = two
     if unfinished:
-        index, z_left, two_left = (torch.cat([part[i] for part in unfinished], -1) for i in range(3))
-        lam_left = lam if isinstance(lam, float) else torch.cat([part[3] for part in unfinished])  # type: ignore[misc]
+        index = torch.cat([part[0] for part in unfinished])
+        z_left, two_left = (torch.cat([part[i] for part in unfinished], 1) for i in (1, 2))
+        lam_left = lam if isinstance(lam, float) else lam[index]
         for start in range(0, len(index), chunk):
             piece = slice(start, start + chunk)
             lam_piece = lam_left if isinstance(lam_left, float) else lam_left[piece]
@@ -373,7 +373,7 @@ def _groups(w: Tensor) -> Tensor:
             "2:4 groups run along the last dimension, which must be a multiple of 4; this tensor has shape "
             f"{tuple(w.shape)}. Leave such a weight dense."
         )
-    return w.unflatten(-1, (w.shape[-1] // 4, 4))
+    return w.reshape(*w.shape[:-1], w.shape[-1] // 4, 4)
 
 
 def _widened(w: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def prox_objective(
     w: Float[Tensor, "*batch width"], z: Float[Tensor, "*batch width"], lam: float | Tensor
 ) -> Float[Tensor, "*batch groups"]:
     """1/2 ||w - z||^2 + lam * r(w) of every group of four; `lam` is a number or has one value a group."""
-    w_g, z_g = w.unflatten(-1, (-1, 4)), z.unflatten(-1, (-1, 4))
+    w_g, z_g = _groups(w), _groups(z)
     return 0.5 * (w_g - z_g).square().sum(-1) + lam * r24(w_g)
 
 
@@ -35,9 +35,9 @@ def prox24_alternating(
     method ProxSparse does it: columns of one (groups, 4) tensor. (Held as four contiguous planes the same sweeps run
     about five times faster.) `lam` is a number or has one value a group.
     """
-    groups = z.unflatten(-1, (-1, 4))
+    groups = _groups(z)
     a, order = groups.abs().sort(dim=-1, descending=True, stable=True)
-    u = torch.zeros_like(a) if start is None else start.unflatten(-1, (-1, 4)).abs().gather(-1, order)
+    u = torch.zeros_like(a) if start is None else _groups(start).abs().gather(-1, order)
     for _ in range(sweeps):
         for i in range(4):
             x, y, v = (u[..., j] for j in range(4) if j != i)
@@ -88,3 +88,7 @@ def _descend(u: Tensor, a: Tensor, lam: Tensor, sweeps: int) -> Tensor:
             x, y, v = (planes[j] for j in range(4) if j != i)
             planes[i] = torch.addcmul(bounds[i], lam, torch.addcmul(x * y, v, x + y), value=-1).clamp_min_(0)
     return torch.stack(planes, 1)
+
+
+def _groups(w: Tensor) -> Tensor:
+    return w.reshape(*w.shape[:-1], w.shape[-1] // 4, 4)
