@@ -29,6 +29,7 @@ from core.plots import safe_svg, to_svg
 if TYPE_CHECKING:
     import jinja2
     import pandas as pd
+    from markupsafe import Markup
 
 REFRESH_SECONDS = 4
 TEMPLATES = Path(__file__).parent / "templates"
@@ -509,12 +510,21 @@ def _environment() -> jinja2.Environment:
         script_hash=f"sha256-{digest}",
         refresh_seconds=REFRESH_SECONDS,
     )
-    environment.filters.update(duration=duration, paragraphs=_paragraphs, slug=lambda text: text.replace(" ", "-"))
+    environment.filters.update(
+        duration=duration, paragraphs=_paragraphs, prose=_prose, slug=lambda text: text.replace(" ", "-")
+    )
     return environment
 
 
 def _paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in re.split(r"\n\s*\n", text.strip()) if paragraph]
+
+
+def _prose(text: str) -> Markup:
+    """Text with `code` between backticks, as docstrings have it; everything else is escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  (escaped on this line)
 
 
 def _template(name: str) -> jinja2.Template:

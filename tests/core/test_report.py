@@ -202,6 +202,17 @@ def test_nothing_in_a_record_becomes_markup():
     assert not [value for name, value in found.attributes if name == "href" and "arxiv.org" in (value or "")]
 
 
+def test_backticks_mark_code_in_prose_and_nothing_else_gets_through():
+    page = render(papers([row(1, statement="`prox24` beats <b>all</b> `<i>`")]), ENDED)
+    assert "<code>prox24</code> beats &lt;b&gt;all&lt;/b&gt; <code>&lt;i&gt;</code>" in page
+
+
+def test_a_control_that_holds_takes_the_trust_from_the_evidence():
+    evidence = {**RECORD, "control": {**RECORD["control"], "verdict": "holds"}}
+    assert "not to be trusted" in render(papers([row(1, evidence=evidence)]), ENDED)
+    assert "not to be trusted" not in render(papers([row(1)]), ENDED)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
