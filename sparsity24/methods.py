@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,8 +18,6 @@ from torch import Tensor
 from core.errors import InvalidInput, unknown_name
 from sparsity24.problem import LayerResult, ProxHistory, alive, damped, largest_eigenvalue, prepared, relative_loss
 from sparsity24.prox import MAX_DENSE, prox_planes, top2_mask
-
-Variant = Literal["paper", "default", "fast", "quality"]
 
 
 @runtime_checkable
@@ -71,7 +69,7 @@ class ProxPruner:
         _require(math.isfinite(self.damping) and self.damping >= 0, "damping", self.damping, "at least 0")
 
     @classmethod
-    def variant(cls, name: Variant) -> ProxPruner:
+    def variant(cls, name: str) -> ProxPruner:
         """The settings called `paper` (as published), `default`, `fast` (momentum 0.9) or `quality` (beta 1.02).
 
         `paper` is the literal algorithm: no preconditioning, no row scale, no damping, run until every group is 2:4.
@@ -106,8 +104,8 @@ class ProxPruner:
         # Planes of group members are contiguous when columns go 0, 4, 8, ..., 1, 5, 9, ... and weights lie transposed.
         planar = torch.arange(width, device=w0.device).view(-1, 4).t().reshape(-1)
         v0 = (target / row).t()[planar].contiguous()
-        curvature = (metric / (scale[:, None] * scale))[planar][:, planar]
-        curvature /= largest_eigenvalue(curvature)
+        curvature = metric / (scale[:, None] * scale)
+        curvature = (curvature / largest_eigenvalue(curvature))[planar][:, planar]
         step = torch.eye(width, dtype=v0.dtype, device=v0.device) - curvature
         offset = v0 - step @ v0
         v, previous = v0, v0
