@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from core.report import PaperCard
     from rich.console import Console
+
+    from core.report import PaperCard
 
 
 @dataclass(frozen=True)
