@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import parse_qsl
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.data.cache import files_digest
 from core.errors import DataUnavailable, InvalidInput, unknown_name
 from core.llm.generation import Sampling, generate
 from core.llm.scoring import Perplexity, Scored, score, window_perplexity
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["CausalLM", "Generation", "Perplexity"]
 
@@ -53,7 +51,8 @@ class CausalLM:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, provenance: str) -> None:
         _refuse_half_precision_on_cpu(model.dtype, model.device)
-        self.model: Any = model.eval()
+        self.model: Any = model
+        self.model.train(False)
         self.tokenizer: Any = tokenizer
         self.provenance = provenance
 

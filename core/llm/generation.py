@@ -10,12 +10,13 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from core.data.cache import digest
 from core.errors import InvalidInput
@@ -57,7 +58,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -100,7 +101,7 @@ class _Search(Protocol):
     def results(self, num_prompts: int) -> list[list[Continuation]]: ...
 
 
-def _decode(model: nn.Module, prompts: Sequence[Sequence[int]], search: _Search, max_new_tokens: int) -> None:
+def _decode(model: PreTrainedModel, prompts: Sequence[Sequence[int]], search: _Search, max_new_tokens: int) -> None:
     ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts))
     output = _forward(model, ids, mask, None)
     cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
@@ -124,7 +125,7 @@ def _decode(model: nn.Module, prompts: Sequence[Sequence[int]], search: _Search,
         cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
 
 
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: object) -> object:
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: object) -> Any:
     options: dict[str, object] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     if accepts(model, "position_ids"):
         # Filling at the front must not shift the positions of the real tokens.

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from core.errors import InvalidInput
 from core.llm.batching import length_buckets, pad_right, patiently
@@ -42,7 +43,7 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, sequences: Sequence[Scored], *, max_batch_tokens: int | None = None
+    model: PreTrainedModel, sequences: Sequence[Scored], *, max_batch_tokens: int | None = None
 ) -> list[Float[Tensor, " _"]]:
     """The log-probability of every scored token given all tokens before it, in the order of `sequences`, on the CPU.
 
@@ -60,13 +61,13 @@ def score(
     return results
 
 
-def default_batch_tokens(model: nn.Module) -> int:
+def default_batch_tokens(model: PreTrainedModel) -> int:
     """How many tokens one forward pass may hold so that float32 logits stay below half a gigabyte."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     return int(min(8192, 2**27 // vocabulary))
 
 
-def _score_batch(model: nn.Module, batch: Sequence[Scored]) -> list[Tensor]:
+def _score_batch(model: PreTrainedModel, batch: Sequence[Scored]) -> list[Tensor]:
     ids = pad_right([sequence.token_ids for sequence in batch]).to(model.device)
     # The logits that predict the first scored token sit one position before it.
     start = min(sequence.first for sequence in batch) - 1
@@ -82,13 +83,13 @@ def _score_batch(model: nn.Module, batch: Sequence[Scored]) -> list[Tensor]:
     ]
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
+def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's `forward` has an argument of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def window_perplexity(
-    model: nn.Module,
+    model: PreTrainedModel,
     token_ids: Sequence[int],
     *,
     window: int,
