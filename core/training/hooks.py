@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from core.errors import require
+from core.files import write_atomic
 from core.training.loop import Event, Hook, Moment
 
 
@@ -37,13 +38,10 @@ class MetricsFile:
                 file.write(json.dumps({**row, **finite}) + "\n")
 
     def _rewind(self, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         # A killed run may have left half a last line.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        unfinished = self._path.with_name(f".{self._path.name}.unfinished")
-        unfinished.write_text("".join(f"{line}\n" for line in kept))
-        unfinished.replace(self._path)
+        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
 
 def tensorboard(log_dir: str | Path) -> Hook:
