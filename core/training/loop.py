@@ -8,13 +8,13 @@ again sees exactly the batches that it would have seen.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 import numpy as np
 from jaxtyping import Int
@@ -28,7 +28,7 @@ class TrainingDiverged(TenfoldError, ArithmeticError):
     """The loss became NaN or infinite."""
 
 
-class Step(Protocol):
+class Step(ABC):
     """One parameter update on one engine. Subclass it: the attributes below have the values of a single process.
 
     `rank` and `world_size` say which part of every batch this process fetches; `identity` is what a checkpoint must

@@ -131,7 +131,7 @@ class TorchStep(Step):
         self._average: dict[str, Tensor] = {}
         if ema_decay is not None:
             self._average = {name: _local(parameter).detach().clone() for name, parameter in self._names.items()}
-            self._update_average = get_ema_multi_avg_fn(ema_decay)
+            self._update_average = get_ema_multi_avg_fn(ema_decay)  # type: ignore[no-untyped-call]
         self.identity = {
             "optimizer": type(self.optimizer).__name__,
             "learning_rate": learning_rate,
@@ -162,7 +162,7 @@ class TorchStep(Step):
                         result = self._loss(self._callable, send_to_device(part, self.device, non_blocking=True))
                     loss, metrics = result if isinstance(result, tuple) else (result, {})
                     scaled = loss / len(parts)
-                    (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
+                    torch.autograd.backward(scaled if self._scaler is None else self._scaler.scale(scaled))
                 collected.append({"loss": loss.detach(), **metrics})
         shown: dict[str, Tensor | float] = {**self._averaged(collected)}
         if self._scaler is not None:
