@@ -31,4 +31,4 @@ def random_sequences(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - window + 1, (num_sequences,), generator=generator)
     sequences = torch.stack([ids[start : start + window] for start in starts.tolist()])
-    return list(sequences.split(max(1, _BATCH_TOKENS // window)))
+    return list(torch.split(sequences, max(1, _BATCH_TOKENS // window)))

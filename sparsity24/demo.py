@@ -54,5 +54,6 @@ def _one_layer(console: Console) -> None:
         table.add_row(method, f"{raw.rel_loss:.4f}", f"{refined.rel_loss:.4f}", Text(bar, "cyan"))
     console.print(table)
     console.print(
-        "\nOn a real language model:\n  python -m sparsity24 prune pretrained:smollm2-135m --output sparse --sequences 8 --window 512"
+        "\nOn a real language model:\n"
+        "  python -m sparsity24 prune pretrained:smollm2-135m --output sparse --sequences 8 --window 512"
     )

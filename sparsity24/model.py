@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,6 +189,7 @@ def _choose(
     """The weights to prune, by name, all checked; and the names of the linear layers that are left dense."""
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     wanted: dict[str, Tensor] = {}
+    chosen: set[int] = set()
     skipped, misfits = [], []
     for block_name, block in blocks.items():
         for inner, module in block.named_modules():
@@ -204,7 +206,10 @@ def _choose(
                     raise InvalidInput(
                         f"`{name}` is tied to an embedding, which stays dense. Leave it out with skip=['{name}']."
                     )
-                wanted[name] = module.weight
+                # Layers that share one parameter are pruned once, on the inputs of all of them.
+                if id(module.weight) not in chosen:
+                    chosen.add(id(module.weight))
+                    wanted[name] = module.weight
     unused = [pattern for pattern in skip if not any(fnmatch.fnmatch(name, pattern) for name in skipped)]
     if unused:
         raise InvalidInput(
@@ -240,8 +245,8 @@ def _prune_group(
     if is_24(stacked):
         results, iterations = parts, 0
     else:
-        pruned = prune_layer(stacked, hessian, solver, refine=refine, steps=steps)
-        results, iterations = list(pruned.weight.split([len(part) for part in parts])), pruned.iterations
+        pruned = prune_layer(stacked, hessian, solver, refine=refine, steps=steps, name=", ".join(group))
+        results, iterations = list(torch.split(pruned.weight, [len(part) for part in parts])), pruned.iterations
     for name, before, after in zip(group, parts, results, strict=True):
         rounded = after.to(wanted[name].dtype)
         if not is_24(rounded):
@@ -311,7 +316,7 @@ class _Stack:
         """The Gram of every group of weights of block `index` that share an input."""
         capture = GramCapture(weights)
         for call, hidden, keep in zip(self.calls, self.hidden, self.keep, strict=True):
-            capture.batch(lambda call=call, hidden=hidden: call[index].run(self.blocks[index], hidden), keep)
+            capture.batch(partial(call[index].run, self.blocks[index], hidden), keep)
         unused = set(weights) - {name for group in capture.groups for name in group}
         if unused:
             raise InvalidInput(f"No token went through {', '.join(sorted(unused))}. Leave them dense with skip=[...].")

@@ -1,0 +1,415 @@
+"""Whole models: block by block against a literal implementation with full forward passes, and what must not be disturbed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsity24.calibration import random_sequences
+from sparsity24.capture import GramAccumulator, GramCapture
+from sparsity24.export import save, verify
+from sparsity24.layer import prune_layer, relative_loss
+from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
+from sparsity24.model import PruneReport, block_skips, dense_grams, find_blocks, prune_model
+from sparsity24.prox import is_24, project24
+
+VOCAB = 40
+LINEARS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def _llama(seed: int = 0, *, hidden: int = 16, ffn: int = 24, layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        use_cache=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _batches(num: int = 3, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (2, 20), generator=generator) for _ in range(num)]
+
+
+def _padded(batches: list[Tensor]) -> list[dict[str, Tensor]]:
+    masks = [torch.ones_like(batch) for batch in batches]
+    for mask in masks:
+        mask[0, 13:] = 0
+    return [{"input_ids": batch, "attention_mask": mask} for batch, mask in zip(batches, masks, strict=True)]
+
+
+def _literal_inputs(model: nn.Module, name: str, batches: list[dict[str, Tensor]]) -> Tensor:
+    """The inputs of one layer over all tokens that count, from full forward passes of the model as it is."""
+    seen: list[Tensor] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch, use_cache=False)
+    handle.remove()
+    kept = [x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)]
+    return torch.cat(kept).double()
+
+
+def _literal_prune(
+    model: LlamaForCausalLM, batches: list[dict[str, Tensor]], method: Any, refine: str
+) -> dict[str, float]:
+    """Reference 3.5 with a full forward pass for every layer: Grams of a block before any of its layers is pruned."""
+    model.eval()
+    losses = {}
+    for block in range(len(model.model.layers)):
+        names = [[f"model.layers.{block}.{name}" for name in group] for group in LINEARS]
+        grams = []
+        for group in names:
+            x = _literal_inputs(model, group[0], batches)
+            grams.append((x.T @ x / len(x)).float())
+        for group, hessian in zip(names, grams, strict=True):
+            layers = [model.get_submodule(name) for name in group]
+            dense = torch.cat([layer.weight.detach() for layer in layers])
+            weight = prune_layer(dense, hessian, method, refine).weight
+            for name, layer, part in zip(group, layers, weight.split([len(x.weight) for x in layers]), strict=True):
+                losses[name] = relative_loss(part, layer.weight.detach(), hessian)
+                layer.weight.data.copy_(part)
+    return losses
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), ProxPruner(beta=1.2)], ids=lambda method: method.name)
+@pytest.mark.parametrize("refine", ["none", "cg"])
+def test_block_by_block_equals_full_forward_passes(method: Any, refine: str) -> None:
+    ours, literal = _llama(), _llama()
+    batches = _padded(_batches())
+    report = prune_model(ours, batches, method, refine=refine)
+    expected = _literal_prune(literal, batches, method, refine)
+    assert {layer.name for layer in report.layers} == set(expected)
+    for layer in report.layers:
+        assert layer.rel_loss == pytest.approx(expected[layer.name], rel=1e-3, abs=1e-6)
+    for (name, one), other in zip(ours.named_parameters(), literal.parameters(), strict=True):
+        assert torch.equal(one == 0, other == 0), name
+        # Twenty CG steps on 99 tokens amplify rounding where the Gram is nearly singular; the losses above do not move.
+        assert torch.allclose(one, other, atol=1e-4 if refine == "none" else 1e-2), name
+
+
+def test_every_linear_layer_of_a_block_is_two_of_four_and_nothing_else_changes() -> None:
+    model = _llama()
+    dense = copy.deepcopy(model)
+    report = prune_model(model, _batches(), "prox-fast")
+    pruned = {layer.name for layer in report.layers}
+    assert len(pruned) == 14
+    for (name, weight), before in zip(model.named_parameters(), dense.parameters(), strict=True):
+        if name.removesuffix(".weight") in pruned:
+            assert is_24(weight.detach())
+        else:
+            assert torch.equal(weight, before), name
+    assert report.num_tokens == 120
+    assert 0 < report.mean_rel_loss < 1
+    assert json.loads(json.dumps(report.to_dict()))["method"] == "prox"
+
+
+def test_layers_that_share_an_input_share_a_gram() -> None:
+    grams = dense_grams(_llama(), _batches(), num_blocks=1)
+    assert [gram.name.removeprefix("model.layers.0.") for gram in grams] == [n for group in LINEARS for n in group]
+    by_name = {gram.name.removeprefix("model.layers.0."): gram.hessian for gram in grams}
+    for group in LINEARS:
+        assert all(by_name[name] is by_name[group[0]] for name in group)
+    assert len({id(hessian) for hessian in by_name.values()}) == 4
+
+
+def test_grams_are_means_over_tokens_and_padding_is_no_token() -> None:
+    model, batches = _llama().eval(), _padded(_batches())
+    for gram in dense_grams(model, batches):
+        x = _literal_inputs(model, gram.name, batches)
+        assert len(x) == 3 * 33
+        assert torch.allclose(gram.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        assert torch.equal(gram.hessian, gram.hessian.T)
+
+
+def test_what_stands_in_padded_places_has_no_effect() -> None:
+    one, other = _llama(), _llama()
+    batches = _padded(_batches())
+    prune_model(one, batches, "sparsegpt")
+    for batch in batches:
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])
+    prune_model(other, batches, "sparsegpt")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_the_gram_accumulator_does_not_depend_on_how_tokens_are_batched() -> None:
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = GramAccumulator(), GramAccumulator()
+    whole.add(x)
+    for part in x.split([1, 9, 50]):
+        parts.add(part)
+    assert parts.num_tokens == whole.num_tokens == 60
+    assert torch.allclose(parts.mean(), whole.mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="No token"):
+        GramAccumulator().mean()
+
+
+def test_capture_watches_functions_so_that_a_bare_linear_call_counts() -> None:
+    weight = torch.randn(4, 8)
+    capture, x = GramCapture({"w": weight}), torch.randn(2, 5, 8)
+    capture.batch(lambda: nn.functional.linear(x, weight), None)
+    nn.functional.linear(torch.ones(1, 8), weight)
+    rows = x.flatten(0, 1)
+    assert torch.allclose(capture.grams["w"].mean(), rows.T @ rows / 10, rtol=1e-5)
+    assert capture.groups == [("w",)]
+
+
+def test_skipped_layers_stay_dense_and_are_listed() -> None:
+    model = _llama()
+    report = prune_model(model, _batches(), Magnitude(), refine="none", skip=["*.down_proj", "model.layers.1.*"])
+    assert len(report.layers) == 6
+    assert set(report.skipped) >= {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"}
+    assert verify(model).dense == tuple(
+        name for name in verify(model).shares if "down_proj" in name or "layers.1." in name
+    )
+    with pytest.raises(ValueError, match="no_such"):
+        prune_model(_llama(), _batches(), skip=["*.no_such"])
+
+
+def test_block_skips_leave_the_later_blocks() -> None:
+    model = _llama(layers=3)
+    report = prune_model(model, _batches(), Magnitude(), refine="none", skip=block_skips(model, 1))
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"0"}
+    assert block_skips(model, None) == []
+
+
+def test_a_width_that_does_not_fit_is_left_dense_with_one_warning_or_refused_when_strict() -> None:
+    model = _llama(ffn=26)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="down_proj has 26 inputs"):
+        prune_model(model, _batches(), strict=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match="multiple of 4") as caught:
+        report = prune_model(model, _batches(), Magnitude())
+    assert sum("multiple of 4" in str(warning.message) for warning in caught) == 1
+    assert set(report.skipped) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert len(report.layers) == 12
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 5, dtype=torch.long)]])
+def test_empty_calibration_is_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        prune_model(_llama(), batches)
+
+
+def test_calibration_that_is_all_padding_is_refused() -> None:
+    batch = {"input_ids": torch.zeros(1, 5, dtype=torch.long), "attention_mask": torch.zeros(1, 5, dtype=torch.long)}
+    with pytest.raises(ValueError, match="padding"):
+        prune_model(_llama(), [batch])
+
+
+def _break_weight(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+
+
+def _break_activations(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = float("inf")
+
+
+def _break_later_batch(model: LlamaForCausalLM) -> None:
+    # Only the token 39, which the first batch lacks, has a broken embedding.
+    model.model.embed_tokens.weight.data[VOCAB - 1] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_break_weight, "layers.1.mlp.up_proj"), (_break_activations, "activations"), (_break_later_batch, "q_proj")],
+)
+def test_nan_in_weights_or_activations_is_refused_and_leaves_the_model_as_it_was(
+    damage: Callable[[LlamaForCausalLM], None], message: str
+) -> None:
+    model = _llama()
+    damage(model)
+    before = copy.deepcopy(model.state_dict())
+    batches = [batch.clamp_max(VOCAB - 2) for batch in _batches()]
+    batches[-1][0, 0] = VOCAB - 1
+    with pytest.raises(ValueError, match=message):
+        prune_model(model, batches)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
+
+
+def test_an_error_in_the_middle_restores_weights_hooks_and_modes() -> None:
+    class Breaks(Magnitude):
+        calls = 0
+
+        def prune(self, dense: Tensor, hessian: Tensor) -> Any:
+            type(self).calls += 1
+            if type(self).calls == 6:
+                raise RuntimeError("the sixth")
+            return super().prune(dense, hessian)
+
+    model = _llama()
+    model.train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="the sixth"):
+        prune_model(model, _batches(), Breaks())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.config.use_cache is True
+
+
+def test_no_gradients_and_no_mode_are_left_behind() -> None:
+    model = _llama()
+    model.train()
+    prune_model(model, _batches(), "wanda")
+    assert all(module.training for module in model.modules())
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_an_already_sparse_model_stays_bit_for_bit() -> None:
+    model = _llama()
+    prune_model(model, _batches(), "magnitude", refine="none")
+    before = copy.deepcopy(model.state_dict())
+    report = prune_model(model, _batches(), "prox")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert report.mean_rel_loss == 0
+
+
+def test_layers_that_share_a_parameter_are_pruned_once() -> None:
+    model = _llama()
+    block = model.model.layers[0]
+    block.mlp.up_proj.weight = block.mlp.gate_proj.weight
+    report = prune_model(model, _batches(), "wanda")
+    assert len(report.layers) == 13
+    assert block.mlp.up_proj.weight is block.mlp.gate_proj.weight
+    assert is_24(block.mlp.up_proj.weight.detach())
+
+
+def test_a_layer_tied_to_the_embedding_is_refused() -> None:
+    model = _llama(hidden=16, ffn=40)
+    model.model.layers[0].mlp.up_proj.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="tied to an embedding"):
+        prune_model(model, _batches())
+
+
+def test_meta_and_quantised_weights_are_refused() -> None:
+    with torch.device("meta"):
+        model = _llama()
+    with pytest.raises(ValueError, match="meta"):
+        prune_model(model, _batches())
+
+
+def test_the_same_call_gives_the_same_masks() -> None:
+    one, other = _llama(), _llama()
+    for model in (one, other):
+        prune_model(model, _batches(), "prox-fast")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_bfloat16_models_keep_their_dtype_and_end_two_of_four() -> None:
+    model = _llama().to(torch.bfloat16)
+    prune_model(model, _batches(), "prox-fast")
+    assert verify(model).dense == ()
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+
+
+def test_blocks_are_found_by_what_transformers_calls_a_block() -> None:
+    assert list(find_blocks(_llama(layers=3))) == [f"model.layers.{i}" for i in range(3)]
+    plain = nn.Module()
+    plain.stack = nn.ModuleList([nn.Linear(4, 4) for _ in range(5)])
+    assert list(find_blocks(plain)) == [f"stack.{i}" for i in range(5)]
+    with pytest.raises(ValueError, match="prune_layer"):
+        find_blocks(nn.Linear(4, 4))
+
+
+def test_random_sequences_are_windows_of_the_text_and_a_short_text_is_refused() -> None:
+    ids = list(range(100))
+    batches = random_sequences(ids, num_sequences=5, window=10, seed=1)
+    rows = torch.cat(batches)
+    assert rows.shape == (5, 10)
+    assert bool((rows.diff(dim=1) == 1).all())
+    assert torch.equal(rows, torch.cat(random_sequences(ids, num_sequences=5, window=10, seed=1)))
+    with pytest.raises(ValueError, match="100"):
+        random_sequences(ids, num_sequences=1, window=101)
+
+
+class _Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def _report(model: LlamaForCausalLM) -> PruneReport:
+    return prune_model(model, _batches(), "wanda", refine="none")
+
+
+def test_a_saved_model_loads_with_transformers_and_verifies(tmp_path: Path) -> None:
+    model = _llama()
+    save(model, _Tokenizer(), tmp_path / "sparse", _report(model))
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    found = verify(tmp_path / "sparse")
+    assert len(found.sparse) == 14
+    assert found.dense == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparse"]
+    with pytest.raises(ValueError, match="exists"):
+        save(model, _Tokenizer(), tmp_path / "sparse", _report(model))
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    class Fails:
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError("disk full")
+
+    model = _llama()
+    with pytest.raises(OSError, match="disk full"):
+        save(model, Fails(), tmp_path / "sparse", _report(model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_a_weight_that_lost_its_sparsity_and_one_that_is_gone(tmp_path: Path) -> None:
+    model = _llama()
+    report = _report(model)
+    model.model.layers[1].mlp.up_proj.weight.data += 0.1
+    save(model, _Tokenizer(), tmp_path / "dense", report)
+    assert verify(tmp_path / "dense").dense == ("model.layers.1.mlp.up_proj",)
+    path = tmp_path / "dense" / "sparsity24.json"
+    path.write_text(path.read_text().replace("layers.0.mlp.up_proj", "layers.9.mlp.up_proj"))
+    with pytest.raises(ValueError, match=r"layers\.9"):
+        verify(tmp_path / "dense")
+    with pytest.raises(ValueError, match="safetensors"):
+        verify(tmp_path)
+
+
+def test_verify_of_a_foreign_folder_looks_at_every_matrix(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {"a.weight": project24(torch.randn(4, 8)), "b.weight": torch.randn(4, 8), "norm": torch.ones(8)},
+        tmp_path / "model.safetensors",
+    )
+    found = verify(tmp_path)
+    assert found.sparse == ("a",)
+    assert found.dense == ("b",)
+
+
+def test_pruning_raises_no_warning_of_its_own() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prune_model(_llama(), _batches(), "prox-fast")
