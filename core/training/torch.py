@@ -221,7 +221,7 @@ class TorchStep(Step):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
                     found[f"optimizer.{name}.{key}"] = value
-        return {**found, "dtypes": dtypes} if self.rank == 0 else {}
+        return {**found, "dtypes": dict(sorted(dtypes.items()))} if self.rank == 0 else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`, also one that was saved with another number of processes."""
@@ -238,25 +238,25 @@ class TorchStep(Step):
                 target.copy_(_placed(whole[name], target))
             for name, average in self._average.items():
                 average.copy_(_local(_placed(whole[f"average.{name}"], self._names[name])))
-        indices = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
-        packed: dict[int, dict[str, Any]] = {}
-        for name, parameter in self._names.items():
-            prefix = f"optimizer.{name}."
-            entries = {
-                key.removeprefix(prefix): value for key, value in {**state, **whole}.items() if key.startswith(prefix)
-            }
-            if entries:
-                packed[indices[id(parameter)]] = {
-                    key: _placed(value, parameter)
-                    if isinstance(value, Tensor) and value.shape == parameter.shape
-                    else value
-                    for key, value in entries.items()
-                }
-        groups = [
-            {**saved, "params": [indices[id(parameter)] for parameter in group["params"]]}
-            for saved, group in zip(state["groups"], self.optimizer.param_groups, strict=True)
-        ]
-        self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
+        # Not `Optimizer.load_state_dict`: it casts every entry to the dtype of its parameter, which is not exact.
+        for saved, group in zip(state["groups"], self.optimizer.param_groups, strict=True):
+            group.update({key: _like_type(value, group.get(key)) for key, value in saved.items()})
+        on_device = {
+            id(parameter)
+            for group in self.optimizer.param_groups
+            if group.get("capturable") or group.get("fused")
+            for parameter in group["params"]
+        }
+        self.optimizer.state.clear()
+        for key, value in {**state, **whole}.items():
+            if key.startswith("optimizer."):
+                name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+                parameter = self._names[name]
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value = _placed(value, parameter)
+                elif isinstance(value, Tensor) and (entry != "step" or id(parameter) in on_device):
+                    value = value.to(self.device)
+                self.optimizer.state[parameter][entry] = value
         self._scheduler.load_state_dict(state["schedule"])
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
@@ -400,6 +400,11 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
         return moved
     # Every process has read the whole tensor, so each keeps its own shard without communication.
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _like_type(value: Any, current: Any) -> Any:
+    # JSON has lists where optimizers have tuples (betas).
+    return tuple(value) if isinstance(current, tuple) else value
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
