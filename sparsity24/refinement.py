@@ -19,7 +19,7 @@ from sparsity24.problem import largest_eigenvalue, prepared
 How = Literal["gd", "nesterov", "cg", "exact"]
 
 # Rows of a chunk: the working arrays stay in cache between the products.
-_CHUNK_NUMEL = 1 << 18
+_CHUNK_NUMEL = 1 << 19
 # The stacked sub-matrices of `exact` stay below this many doubles.
 _EXACT_NUMEL = 1 << 25
 
@@ -74,12 +74,15 @@ def refine(
         norm = float((target * free).square().sum())
         before = (origin - target) @ a
         v = origin.clone()
-        num_steps = max(num_steps, solvers[how](v, before * free, _Problem(a, free, rate, tol**2 * norm), steps))
-        after = (v - target) @ a
-        worse = ((after * (v - target)).sum(1) > (before * (origin - target)).sum(1))[:, None]
-        residual += float((torch.where(worse, before, after) * free).square().sum())
+        after = before.clone()
+        num_steps = max(num_steps, solvers[how](v, after, _Problem(a, free, rate, tol**2 * norm), steps))
+        worse = ((after * (v - target)).sum(1) > (before * (origin - target)).sum(1)).nonzero().squeeze(1)
+        v[worse], after[worse] = origin[worse], before[worse]
+        residual += float(after.mul_(free).square_().sum())
         size += norm
-        result[piece] = torch.where((free > 0) & ~worse, v * inverse, start[piece])
+        result[piece] = v.mul_(inverse)
+    unseen = (scale == 0).nonzero().squeeze(1)
+    result[:, unseen] = start[:, unseen]
     relative = (residual / size) ** 0.5 if size > 0 else 0.0
     return (result + 0.0).to(dense.dtype), RefineInfo(num_steps, relative)
 
@@ -94,59 +97,70 @@ class _Problem:
     enough: float
 
 
-# Moves `v` in place, given the masked gradient at it; returns the steps taken.
+# Moves `v` and with it the gradient (v - target) A, both in place; returns the steps taken. The gradient of a quadratic
+# changes by the move times the curvature: one product a step, and none to know the loss at the end.
 Solver = Callable[[Tensor, Tensor, _Problem, int], int]
 
 
 def _gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
     for step in range(steps):
-        if float(gradient.square().sum()) <= problem.enough:
+        masked = gradient * problem.free
+        if float(masked.square().sum()) <= problem.enough:
             return step
-        move = gradient * problem.rate
+        move = masked.mul_(problem.rate)
         v -= move
-        # The gradient of a quadratic changes by the move times the curvature: one product a step.
-        gradient = gradient.addcmul_(move @ problem.a, problem.free, value=-1)
+        gradient -= move @ problem.a
     return steps
 
 
 def _nesterov(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
-    point, ahead, momentum = v.clone(), gradient, 1.0
-    moved, moved_gradient = v.clone(), gradient.clone()
+    point, ahead, momentum = v.clone(), gradient.clone(), 1.0
     for step in range(steps):
-        if float(moved_gradient.square().sum()) <= problem.enough:
+        if float((gradient * problem.free).square().sum()) <= problem.enough:
             return step
-        move = ahead * problem.rate
-        after = point - move
-        after_gradient = ahead - (move @ problem.a) * problem.free
+        downhill = ahead * problem.free
+        move = downhill * problem.rate
+        after, after_gradient = point - move, ahead - move @ problem.a
         # Rows that turn uphill start their momentum anew.
-        uphill = ((after - moved) * ahead).sum(1, keepdim=True) > 0
+        uphill = ((after - v) * downhill).sum(1, keepdim=True) > 0
         following = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
         push = torch.where(uphill, 0.0, (momentum - 1) / following)
-        point = after + push * (after - moved)
-        ahead = after_gradient + push * (after_gradient - moved_gradient)
-        moved, moved_gradient, momentum = after, after_gradient, following
-        v.copy_(moved)
+        point = after + push * (after - v)
+        ahead = after_gradient + push * (after_gradient - gradient)
+        v.copy_(after)
+        gradient.copy_(after_gradient)
+        momentum = following
     return steps
 
 
 def _conjugate_gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
     eps = torch.finfo(v.dtype).eps
-    direction, square = -gradient, gradient.square().sum(1, keepdim=True)
+    masked = gradient * problem.free
+    image = torch.empty_like(masked)
+    direction, square = -masked, _row_dot(masked, masked, image)
+    # |direction|^2 by its own recurrence: the new gradient is orthogonal to the old direction.
+    extent = square
     for step in range(steps):
         if float(square.sum()) <= problem.enough:
             return step
-        image = (direction @ problem.a).mul_(problem.free)
-        bend = (direction * image).sum(1, keepdim=True)
+        torch.mm(direction, problem.a, out=image)
+        bend = _row_dot(direction, image, masked)
         # A direction that the inputs never span has no curvature; moving along it is noise.
-        flat = bend <= eps * direction.square().sum(1, keepdim=True)
-        length = torch.where(flat, 0.0, square / bend)
+        length = torch.where(bend <= eps * extent, 0.0, square / bend)
         v.addcmul_(direction, length)
         gradient.addcmul_(image, length)
-        following = gradient.square().sum(1, keepdim=True)
+        torch.mul(gradient, problem.free, out=masked)
+        following = _row_dot(masked, masked, image)
         ratio = torch.where(square > 0, following / square, 0.0)
-        direction.mul_(ratio).sub_(gradient)
+        direction.mul_(ratio).sub_(masked)
+        extent = following + ratio.square() * extent
         square = following
     return steps
+
+
+def _row_dot(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
+    # A fresh buffer of this size costs more in page faults than the product itself.
+    return torch.mul(x, y, out=scratch).sum(1, keepdim=True)
 
 
 def _exact(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
@@ -167,7 +181,9 @@ def _exact(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
         system.diagonal(dim1=1, dim2=2).add_(torch.where(real, 0.0, 1.0))
         right = torch.where(real, gradient[piece].double().gather(1, index), 0.0)
         correction = torch.where(real, _solve(system, right), 0.0)
-        v[piece].scatter_add_(1, index, -correction.to(v.dtype))
+        move = torch.zeros_like(v[piece]).scatter_add_(1, index, -correction.to(v.dtype))
+        v[piece] += move
+        gradient[piece] += move @ problem.a
     return 1
 
 

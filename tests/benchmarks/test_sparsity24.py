@@ -1,0 +1,127 @@
+"""Speed of the prox, of Algorithm 2, of refinement and of the block loop: medians of ratios within one run, in CPU time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsity24.methods import Magnitude, ProxPruner, SparseGPT
+from sparsity24.model import prune_model
+from sparsity24.prox import group_support, project24, prox24
+from sparsity24.reference_solvers import prox24_alternating
+from sparsity24.refinement import refine
+from sparsity24.synthetic import synthetic_layer
+
+WIDTH = 1024
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # CPU time of several threads that wait for one another on a busy machine measures the machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def _ratio(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 7) -> float:
+    """The median over rounds of slow / fast, taken in turns."""
+    slow(), fast()
+    return statistics.median(_cpu_seconds(slow) / _cpu_seconds(fast) for _ in range(rounds))
+
+
+def _weights() -> torch.Tensor:
+    return torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def test_prox_is_ten_times_faster_than_alternating_sweeps_when_every_group_is_active(record_property: Callable) -> None:
+    # Where Algorithm 2 begins, at lam0 = 0.01: nearly every group keeps all four entries.
+    z, lam = _weights(), 0.01
+    assert float((group_support(prox24(z, lam)) > 2).double().mean()) > 0.9
+    ratio = _ratio(lambda: prox24_alternating(z, lam), lambda: prox24(z, lam))
+    record_property("alternating / exact, all active", ratio)
+    print(f"\nalternating / exact, all active: {ratio:.1f}")
+    assert ratio >= 10
+
+
+def test_prox_is_forty_times_faster_than_alternating_sweeps_on_mostly_sparse_input(record_property: Callable) -> None:
+    dense = _weights()
+    z = project24(dense)
+    active = torch.randperm(z.numel() // 4, generator=torch.Generator().manual_seed(1))[: z.numel() // 400]
+    z.view(-1, 4)[active] = dense.view(-1, 4)[active]
+    ratio = _ratio(lambda: prox24_alternating(z, 0.1), lambda: prox24(z, 0.1))
+    record_property("alternating / exact, 99 % sparse", ratio)
+    print(f"\nalternating / exact, 99 % sparse: {ratio:.1f}")
+    assert ratio >= 40
+
+
+def test_algorithm_2_takes_at_most_forty_times_as_long_as_sparsegpt(record_property: Callable) -> None:
+    layer = synthetic_layer("low-rank", rows=WIDTH, width=WIDTH, samples_per_feature=2)
+    method = ProxPruner(beta=1.05, stop=0.999)
+    ratio = _ratio(
+        lambda: method.prune(layer.weight, layer.hessian),
+        lambda: SparseGPT().prune(layer.weight, layer.hessian),
+        rounds=3,
+    )
+    record_property("Algorithm 2 / SparseGPT", ratio)
+    print(f"\nAlgorithm 2 / SparseGPT at {WIDTH}: {ratio:.1f}")
+    assert ratio <= 40
+
+
+def test_twenty_cg_steps_cost_at_most_twenty_five_products(record_property: Callable) -> None:
+    layer = synthetic_layer("low-rank", rows=WIDTH, width=WIDTH, samples_per_feature=2)
+    mask = Magnitude().prune(layer.weight, layer.hessian).mask
+    start = layer.weight * mask
+    ratio = _ratio(
+        lambda: refine(start, mask, layer.weight, layer.hessian, "cg", steps=20, tol=0.0),
+        lambda: layer.weight @ layer.hessian,
+    )
+    record_property("refine(cg, 20) / product", ratio)
+    print(f"\nrefine(cg, 20) in products: {ratio:.1f}")
+    assert ratio <= 25
+
+
+def test_the_block_loop_adds_two_forward_passes_and_the_grams(record_property: Callable) -> None:
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config).eval()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [torch.randint(512, (8, 128), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    tokens = torch.randn(8 * 128, 768)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            model(batch, use_cache=False)
+
+    def grams() -> None:
+        for _ in range(len(batches) * config.num_hidden_layers):
+            for width in (256, 256, 256, 768):
+                x = tokens[:, :width]
+                x.T @ x
+
+    def overhead() -> float:
+        model.load_state_dict(dense)
+        start = time.process_time()
+        # Magnitude, unrefined: what is left beside the solves is calibration.
+        report = prune_model(model, batches, Magnitude(), refine="none")
+        return time.process_time() - start - report.solve_seconds
+
+    overhead(), forward(), grams()
+    ratio = statistics.median((overhead() - _cpu_seconds(grams)) / _cpu_seconds(forward) for _ in range(5))
+    record_property("block loop / forward pass", ratio)
+    print(f"\nblock loop without solves and Grams, in forward passes: {ratio:.2f}")
+    # Two passes for Grams and pruned outputs, and one batch of eight twice more to learn and check the replay.
+    assert ratio <= 2.5
