@@ -172,7 +172,8 @@ def show(name: Name, out: Out = Path("results")) -> None:
     """Say what a paper is about, which claims it makes and what came of them here."""
     from rich.table import Table
 
-    from core.runner import describe, load_records
+    from core.records import load_records
+    from core.runner import describe
 
     paper, console = _paper(name), _console()
     console.print(f"[bold]{paper.title}[/]\n{paper.venue} · arXiv {paper.arxiv} · `import {paper.package}`\n")

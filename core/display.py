@@ -12,7 +12,7 @@ from core.experiment import Verdict
 from core.progress import ProgressEvent
 
 if TYPE_CHECKING:
-    from core.runner import Record
+    from core.records import Record
 
 STYLES = {
     Verdict.HOLDS: ("✓", "green"),

@@ -66,10 +66,8 @@ def test_one_claim_is_reproduced_shown_and_reported(tmp_path: Path):
 
 def test_a_claim_that_contradicts_what_is_expected_gives_exit_code_1(tmp_path: Path):
     patch = (
-        "import sys, papers, core.runner as runner\n"
-        "original = runner.load_preset\n"
-        "import core.experiment as e\n"
-        "runner.contradicts = lambda kind, expected, found: True\n"
+        "import sys, papers\n"
+        "import core.records as records; records.contradicts = lambda kind, expected, found: True\n"
         "sys.argv = ['papers', 'reproduce', 'sparsity24/1']\n"
         "papers.main()\n"
     )

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from core.errors import InvalidInput, RunInProgress, TenfoldError
 from core.report import PaperCard
-from core.runner import Record, RunSummary, load_records, run_claims, select, write_report
+from core.records import Record, load_records
+from core.runner import RunSummary, run_claims, select, write_report
 
 PRESETS = """
     from dataclasses import dataclass

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from core.experiment import Kind, Verdict
-from core.runner import Record, describe, run_claims, select
+from core.records import Record
+from core.runner import describe, run_claims, select
 from papers import PAPERS
 
 BUILT = [paper.package for paper in PAPERS if paper.built]
