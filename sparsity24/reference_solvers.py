@@ -33,7 +33,7 @@ def prox24_alternating(
 
     Sorts every group and sweeps from the largest entry to the smallest, from `start` or from zero, written as the sibling
     method ProxSparse does it: columns of one (groups, 4) tensor. (Held as four contiguous planes the same sweeps run
-    about five times faster.) `lam` is a number or has one value a group.
+    about twice as fast.) `lam` is a number or has one value a group.
     """
     groups = _groups(z)
     a, order = groups.abs().sort(dim=-1, descending=True, stable=True)
