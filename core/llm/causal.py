@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
@@ -90,7 +90,7 @@ class CausalLM:
         return lm
 
     @classmethod
-    def _from_hub(cls, repository: str, revision: str | None, dtype: torch.dtype | None) -> Self:
+    def _from_hub(cls, repository: str, revision: str | None, dtype: torch.dtype | None) -> CausalLM:
         try:
             model, tokenizer = _load_pair(repository, dtype, revision=revision)
         except OSError as error:
@@ -103,7 +103,7 @@ class CausalLM:
         return cls(model, tokenizer, provenance=f"hub:{repository}@{commit}, {model.dtype}")
 
     @classmethod
-    def _from_folder(cls, folder: Path, dtype: torch.dtype | None) -> Self:
+    def _from_folder(cls, folder: Path, dtype: torch.dtype | None) -> CausalLM:
         weights = sorted(folder.glob("*.safetensors"))
         if not (folder / "config.json").is_file() or not weights:
             raise DataUnavailable(

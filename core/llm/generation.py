@@ -10,7 +10,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def generate(
     sizes = [(len(prompt) + max_new_tokens) * sampling.num_return for prompt in prompts]
     for batch in patiently(length_buckets(sizes, max_batch_tokens), f"Generating from {len(prompts)} prompts"):
         chosen = [prompts[i] for i in batch]
-        search: _Search = (
+        search = (
             _BeamSearch(sampling.num_return, ended)
             if sampling.temperature == 0
             else _RandomSearch(sampling, chosen, ended)
@@ -93,15 +93,9 @@ class _Row:
     log_prob: float = 0.0
 
 
-class _Search(Protocol):
-    def start(self, num_prompts: int) -> list[_Row]: ...
-
-    def extend(self, rows: list[_Row], log_probs: Float[Tensor, "rows vocabulary"], *, last: bool) -> list[_Row]: ...
-
-    def results(self, num_prompts: int) -> list[list[Continuation]]: ...
-
-
-def _decode(model: PreTrainedModel, prompts: Sequence[Sequence[int]], search: _Search, max_new_tokens: int) -> None:
+def _decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], search: _BeamSearch | _RandomSearch, max_new_tokens: int
+) -> None:
     ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts))
     output = _forward(model, ids, mask, None)
     cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
