@@ -38,10 +38,11 @@ class Checkpoint:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; raises `RunInProgress` when another one does."""
+    """Hold `folder` for this process, rid of what a killed writer left; raises `RunInProgress` when another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            _tidy(folder)
             yield
     except Timeout as error:
         raise RunInProgress(
@@ -58,10 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Mapping[str,
     final = folder / f"step-{checkpoint.position:08d}"
     unfinished = folder / f"{_UNFINISHED}{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         arrays = {
             name: np.asarray(value, order="C")
             for name, value in checkpoint.state.items()
@@ -78,13 +76,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, identity: Mapping[str,
         (unfinished / _SCALARS).write_text(json.dumps(scalars))
         for path in (unfinished / _ARRAYS, unfinished / _SCALARS, unfinished):
             _flush(path)
-        previous = _finished(folder)
         unfinished.rename(final)
         _flush(folder)
-        for old in previous:
-            # Renamed first: a folder called step-* is always whole, even when the removal is interrupted.
-            doomed = old.rename(folder / f"{_UNFINISHED}{old.name}")
-            shutil.rmtree(doomed)
+        _tidy(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
@@ -136,6 +130,14 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint file {path} is damaged ({error}). Delete {path.parent} to train from the start."
     )
+
+
+def _tidy(folder: Path) -> None:
+    for old in _finished(folder)[:-1]:
+        # Renamed first: a folder called step-* is always whole, even when the removal is interrupted.
+        old.rename(folder / f"{_UNFINISHED}{old.name}")
+    for leftover in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -17,9 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, find_batch_size, reduce, send_to_device, slice_tensors
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -27,6 +25,7 @@ from transformers import SchedulerType, get_scheduler
 
 from core.errors import CheckpointError, InvalidInput, NeedsHardware, unknown_name
 from core.training.loop import Step
+from core.training.sharding import like_shard, local, placed, shard, to_numpy, to_tensor, whole
 
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Mapping[str, Any]]]
 
@@ -107,7 +106,7 @@ class TorchStep(Step):
         self._callable: nn.Module = self.model
         self._fsdp = parallel == "fsdp"
         if self._fsdp:
-            self._shard()
+            shard(self.model, self.device, self.world_size, self._dtype)
         elif self.world_size > 1:
             self._callable = DistributedDataParallel(
                 self.model, device_ids=None if self.device.type == "cpu" else [self.device]
@@ -130,7 +129,7 @@ class TorchStep(Step):
         self._position = 0
         self._average: dict[str, Tensor] = {}
         if ema_decay is not None:
-            self._average = {name: _local(parameter).detach().clone() for name, parameter in self._names.items()}
+            self._average = {name: local(parameter).detach().clone() for name, parameter in self._names.items()}
             self._update_average = get_ema_multi_avg_fn(ema_decay)  # type: ignore[no-untyped-call]
         self.identity = {
             "optimizer": type(self.optimizer).__name__,
@@ -147,6 +146,7 @@ class TorchStep(Step):
             "ema_decay": ema_decay,
             "seed": seed,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "num_trainable_parameters": sum(parameter.numel() for parameter in self._names.values()),
         }
 
     def step(self, batch: Any) -> Mapping[str, Tensor | float]:
@@ -169,7 +169,7 @@ class TorchStep(Step):
             self._scaler.unscale_(self.optimizer)
         if self._max_grad_norm is not None:
             norm = nn.utils.clip_grad_norm_(list(self._names.values()), self._max_grad_norm)
-            shown["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            shown["grad_norm"] = whole(norm)
         shown["learning_rate"] = float(self._scheduler.get_last_lr()[0])
         if self._scaler is None:
             self.optimizer.step()
@@ -180,7 +180,7 @@ class TorchStep(Step):
         self._scheduler.step()
         self._position += 1
         if self._average:
-            current = [_local(parameter).detach() for parameter in self._names.values()]
+            current = [local(parameter).detach() for parameter in self._names.values()]
             self._update_average(list(self._average.values()), current, self._position)
         return shown
 
@@ -189,7 +189,7 @@ class TorchStep(Step):
         """The model with the moving average in place of its weights, for the `with` block (buffers stay as they are)."""
         if not self._average:
             raise InvalidInput("No average is kept; construct TorchStep with ema_decay=0.999 or so.")
-        weights = {name: _local(parameter).detach() for name, parameter in self._names.items()}
+        weights = {name: local(parameter).detach() for name, parameter in self._names.items()}
         kept = {name: weight.clone() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.copy_(self._average[name])
@@ -214,9 +214,9 @@ class TorchStep(Step):
         }
         dtypes: dict[str, str] = {}
         for name, tensor in self._tensors():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered = whole(tensor)
             if self.rank == 0:
-                found[name], dtypes[name] = _to_numpy(whole), str(whole.dtype).removeprefix("torch.")
+                found[name], dtypes[name] = to_numpy(gathered), str(gathered.dtype).removeprefix("torch.")
         for name, parameter in self._names.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
@@ -226,21 +226,21 @@ class TorchStep(Step):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`, also one that was saved with another number of processes."""
         dtypes = state["dtypes"]
-        whole = {name: _to_tensor(state[name], dtype) for name, dtype in dtypes.items()}
+        saved = {name: to_tensor(state[name], dtype) for name, dtype in dtypes.items()}
         self._position = int(state["position"])
         with torch.no_grad():
             for name, target in self._model_tensors():
-                if name not in whole or whole[name].shape != target.shape:
+                if name not in saved or saved[name].shape != target.shape:
                     raise CheckpointError(
-                        f"The checkpoint holds {tuple(whole[name].shape) if name in whole else 'nothing'} for {name}, and "
+                        f"The checkpoint holds {tuple(saved[name].shape) if name in saved else 'nothing'} for {name}, and "
                         f"the model needs {tuple(target.shape)}. It was saved with another model."
                     )
-                target.copy_(_placed(whole[name], target))
+                target.copy_(placed(saved[name], target))
             for name, average in self._average.items():
-                average.copy_(_local(_placed(whole[f"average.{name}"], self._names[name])))
+                average.copy_(local(placed(saved[f"average.{name}"], self._names[name])))
         # Not `Optimizer.load_state_dict`: it casts every entry to the dtype of its parameter, which is not exact.
-        for saved, group in zip(state["groups"], self.optimizer.param_groups, strict=True):
-            group.update({key: _like_type(value, group.get(key)) for key, value in saved.items()})
+        for saved_group, group in zip(state["groups"], self.optimizer.param_groups, strict=True):
+            group.update({key: _like_type(value, group.get(key)) for key, value in saved_group.items()})
         on_device = {
             id(parameter)
             for group in self.optimizer.param_groups
@@ -248,12 +248,12 @@ class TorchStep(Step):
             for parameter in group["params"]
         }
         self.optimizer.state.clear()
-        for key, value in {**state, **whole}.items():
+        for key, value in {**state, **saved}.items():
             if key.startswith("optimizer."):
                 name, _, entry = key.removeprefix("optimizer.").rpartition(".")
                 parameter = self._names[name]
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value = _placed(value, parameter)
+                    value = placed(value, parameter)
                 elif isinstance(value, Tensor) and (entry != "step" or id(parameter) in on_device):
                     value = value.to(self.device)
                 self.optimizer.state[parameter][entry] = value
@@ -272,37 +272,15 @@ class TorchStep(Step):
                 if isinstance(value, Tensor):
                     yield f"optimizer.{name}.{key}", value
         for name, average in self._average.items():
-            parameter = self._names[name]
-            yield (
-                f"average.{name}",
-                DTensor.from_local(
-                    average,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-                if isinstance(parameter, DTensor)
-                else average,
-            )
+            yield f"average.{name}", like_shard(average, self._names[name])
 
     def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
         # Buffers that are not persistent too: what changes during training decides the next update.
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             yield f"model.{name}", tensor.detach()
 
-    def _shard(self) -> None:
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            # Every process may have drawn other initial weights; the first one's count, as in DDP.
-            torch.distributed.broadcast(tensor.detach(), 0)
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32 if self._dtype else None)
-        for unit in _shard_units(self.model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
-
     def _autocast(self) -> AbstractContextManager[object]:
-        # Under FSDP the policy of `_shard` casts instead.
+        # Under FSDP the policy of `shard` casts instead.
         if self._dtype is None or self._fsdp:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
@@ -322,7 +300,10 @@ class TorchStep(Step):
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices=devices, device_type=self.device.type if devices else "cuda"):
             words = np.random.SeedSequence([self._seed, self._position, self.rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(words[0]))
+            # `torch.manual_seed` would take 250 us: it seeds every kind of device and records who asked.
+            torch.default_generator.manual_seed(int(words[0]))
+            if devices:
+                torch.get_device_module(self.device).manual_seed(int(words[0]))
             yield
 
     def _averaged(self, collected: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -382,43 +363,9 @@ def _parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _shard_units(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _shard_units(child)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _placed(whole: Tensor, like: Tensor) -> Tensor:
-    moved = whole.to(like.device)
-    if not isinstance(like, DTensor):
-        return moved
-    # Every process has read the whole tensor, so each keeps its own shard without communication.
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _like_type(value: Any, current: Any) -> Any:
     # JSON has lists where optimizers have tuples (betas).
     return tuple(value) if isinstance(current, tuple) else value
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    # numpy has no bfloat16 and no float8: keep their bits.
-    plain = tensor.detach().cpu()
-    if plain.dtype == torch.bfloat16 or (plain.is_floating_point() and plain.element_size() == 1):
-        plain = plain.contiguous().view(torch.uint16 if plain.element_size() == 2 else torch.uint8)
-    return np.array(plain.numpy())
-
-
-def _to_tensor(array: np.ndarray, dtype: str) -> Tensor:
-    tensor = torch.from_numpy(np.array(array))
-    wanted = getattr(torch, dtype)
-    return tensor if tensor.dtype == wanted else tensor.view(wanted)
 
 
 def _refuse_silent_single_process(state: PartialState) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from core.errors import CheckpointError
 from core.training import checkpoint as module
-from core.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from core.training.checkpoint import Checkpoint, load_checkpoint, lock, save_checkpoint
 
 _IDENTITY = {"seed": 0, "sizes": (1, 2)}
 
@@ -52,14 +52,17 @@ def test_only_the_newest_checkpoint_stays(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_writer_are_ignored_and_removed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make(1), _IDENTITY)
-    leftover = tmp_path / ".unfinished-step-00000002"
+    (tmp_path / "step-00000001").rename(tmp_path / "kept")
+    save_checkpoint(tmp_path, make(2), _IDENTITY)
+    (tmp_path / "kept").rename(tmp_path / "step-00000001")
+    leftover = tmp_path / ".unfinished-step-00000003"
     leftover.mkdir()
     (leftover / "arrays.safetensors").write_bytes(b"half")
     loaded = load_checkpoint(tmp_path, _IDENTITY)
     assert loaded is not None
-    assert loaded.position == 1
-    save_checkpoint(tmp_path, make(2), _IDENTITY)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert loaded.position == 2
+    with lock(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-00000002"]
 
 
 @pytest.mark.parametrize("name", ["arrays.safetensors", "scalars.json"])

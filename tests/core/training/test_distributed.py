@@ -20,7 +20,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave behind: one torchrun for all of these tests, because starting it is what costs."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     result = subprocess.run(
         [*command, str(_SCRIPT), str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -119,7 +119,7 @@ def test_metrics_of_micro_batches_are_averaged() -> None:
 
     metrics = make(mlp(), loss, gradient_accumulation_steps=4).step(fetch(np.arange(8)))
     assert float(metrics["mean_target"]) == pytest.approx(float(_TARGETS[:8].mean()), rel=1e-6)
-    assert float(metrics["loss"]) == pytest.approx(float(squared_error(mlp(), fetch(np.arange(8)))), rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(squared_error(mlp(), fetch(np.arange(8))).item(), rel=1e-6)
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused() -> None:
