@@ -51,8 +51,8 @@ class TorchStep(Step):
     `parallel` is "ddp" or "fsdp" (each item of an outermost `nn.ModuleList` is one shard unit, then the rest), or "auto":
     DDP when there are several processes. `model` is changed in place; use it, or `step.model`, for evaluation.
 
-    Raises `InvalidInput` on settings that do not fit, `NeedsHardware` for fp16 without a GPU or several processes asked
-    for where there is one.
+    Raises `InvalidInput` on settings that do not fit, and `NeedsHardware` when several processes were asked for and there
+    is one.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class TorchStep(Step):
                 "`torchrun --nproc-per-node N script.py`, or use parallel='auto'."
             )
         self._dtype = _PRECISIONS[mixed_precision]
-        if mixed_precision == "fp16" and (self.device.type == "cpu" or parallel == "fsdp"):
-            raise NeedsHardware(
-                "fp16 needs a GPU, and its loss scaling does not work on FSDP shards. Use mixed_precision='bf16' or 'no'."
+        if mixed_precision == "fp16" and parallel == "fsdp":
+            raise InvalidInput(
+                "The loss scaling of fp16 does not work on FSDP shards. Use mixed_precision='bf16' or 'no'."
             )
 
         self.model = model.to(self.device)

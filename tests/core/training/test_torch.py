@@ -311,6 +311,33 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
         torch.testing.assert_close(left, right, atol=0.021, rtol=0)
 
 
+def test_float16_skips_an_update_that_overflows_and_resumes_with_its_loss_scale() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return ((model(batch["inputs"]).float() - batch["targets"]) ** 2).mean() * batch["scale"]
+
+    def run(step: TorchStep, *scales: float) -> None:
+        for scale in scales:
+            step.step({**fetch(np.arange(8)), "scale": torch.tensor(scale)})
+
+    def start() -> tuple[nn.Module, TorchStep]:
+        model = mlp()
+        return model, make(model, loss, mixed_precision="fp16")
+
+    model, step = start()
+    run(step, 1.0)
+    before = weights(model)
+    assert any(not torch.equal(value, weights(mlp())[name]) for name, value in before.items())
+    run(step, 1e9)
+    for name, value in weights(model).items():
+        assert torch.equal(value, before[name]), name
+    resumed, other = start()
+    other.load_state(step.state())
+    assert other.state()["scaler"]["scale"] == 2.0**15
+    run(step, 1.0, 1.0)
+    run(other, 1.0, 1.0)
+    assert_same_weights(resumed, model)
+
+
 def test_evaluation_mode_ends_with_the_next_step() -> None:
     model = mlp()
     step = make(model)
@@ -346,7 +373,6 @@ def test_a_launch_that_silently_gives_one_process_is_refused(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mixed_precision": "fp16"}, NeedsHardware, "fp16 needs a GPU"),
         ({"schedule": "cosin"}, InvalidInput, "Did you mean cosine"),
         ({"schedule": "reduce_lr_on_plateau"}, InvalidInput, "Unknown schedule"),
         ({"learning_rate": 0.0}, InvalidInput, "learning_rate is a finite number above 0; got 0.0"),
