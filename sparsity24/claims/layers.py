@@ -131,7 +131,7 @@ def prox_finds_better_masks(preset: SparsityPreset) -> Evidence:
             {"method": list(rates), **{f"rho {rho}": [v[i] for v in rates.values()] for i, rho in enumerate(RHOS)}}
         ),
         comparisons=tuple(against),
-        control=Control("the prox with diag(H) in the place of H", null.verdict, (null,)),
+        control=Control("The prox with diag(H) in the place of H.", null.verdict, (null,)),
         figures={"Optimal masks against correlation inside the group": plot},
         seeds=preset.seeds,
         provenance=(f"{preset.toy_draws} random correlation matrices a seed, {preset.toy_rows} Gaussian rows each",),
@@ -150,7 +150,11 @@ def gain_comes_from_correlation(preset: SparsityPreset) -> Evidence:
         return [scores[s, rho]["Wanda"].excess - scores[s, rho][ours].excess for s in preset.seeds]
 
     at_09 = verdict(gain(0.9), 0.05, label="gain over Wanda, rho 0.9", unit="relative excess loss")
-    rise = verdict(np.subtract(gain(0.9), gain(0.3)), label="gain at 0.9 − gain at 0.3", unit="relative excess loss")
+    rise = verdict(
+        [high - low for high, low in zip(gain(0.9), gain(0.3), strict=True)],
+        label="gain at 0.9 − gain at 0.3",
+        unit="relative excess loss",
+    )
     null = verdict(gain(0.9, NULL), 0.05, label="gain of the prox on diag(H), rho 0.9", unit="relative excess loss")
     table = pd.DataFrame(
         [
@@ -170,7 +174,7 @@ def gain_comes_from_correlation(preset: SparsityPreset) -> Evidence:
         headline=f"Gain over Wanda {mean[1]:.3f}, {mean[2]:.3f}, {mean[3]:.3f} at rho 0.3, 0.6, 0.9; {mean[0]:.3f} at 0",
         table=table,
         comparisons=(at_09, rise),
-        control=Control("the prox run on diag(H)", null.verdict, (null,)),
+        control=Control("The prox run on diag(H).", null.verdict, (null,)),
         figures={"Gain of the prox's masks over Wanda's (mean and standard deviation over seeds)": plot},
         seeds=preset.seeds,
         provenance=(f"{preset.toy_draws} random correlation matrices a seed, {preset.toy_rows} Gaussian rows each",),
@@ -270,7 +274,7 @@ def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
         headline=f"{holding} of {len(comparisons)} comparisons hold on correlated inputs",
         table=pd.DataFrame(rows, columns=["relative loss", *preset.layer_kinds]),
         comparisons=comparisons,
-        control=Control("the prox's mask found on diag(H)", Verdict.all_of(null.verdict for null in nulls), nulls),
+        control=Control("The prox's mask found on diag(H).", Verdict.all_of(null.verdict for null in nulls), nulls),
         seeds=preset.seeds,
         provenance=(
             f"layers: {', '.join(preset.layer_kinds)}; synthetic ones {preset.layer_rows} x {preset.layer_width}",
@@ -337,7 +341,7 @@ def slower_schedule_is_better(preset: SparsityPreset) -> Evidence:
         ),
         table=table,
         comparisons=comparisons,
-        control=Control("beta 1.05 against itself on layers of other seeds", null.verdict, (null,)),
+        control=Control("Beta 1.05 against itself on layers of other seeds.", null.verdict, (null,)),
         seeds=preset.seeds,
         provenance=(f"layers: {', '.join(kinds)}",),
     )

@@ -135,7 +135,7 @@ def model_scores(preset: SparsityPreset, seed: int, name: str) -> ModelScores:
     nll = [
         float(
             lm.perplexity(
-                token_ids(first, data), window=preset.window, max_windows=preset.max_windows
+                token_ids(first, data).tolist(), window=preset.window, max_windows=preset.max_windows
             ).window_nll.mean()
         )
         for data in (preset.in_distribution, preset.out_of_distribution)
@@ -238,7 +238,7 @@ def masked_gradients_improve_every_mask(preset: SparsityPreset) -> Evidence:
         headline=f"Mean layer loss falls by {change[0]:.0%} (Wanda) and {change[1]:.0%} (SparseGPT), perplexity with it",
         table=_perplexity_table(scores, preset, names),
         comparisons=tuple(comparisons),
-        control=Control("a refinement of zero steps", null.verdict, (null,)),
+        control=Control("A refinement of zero steps.", null.verdict, (null,)),
         seeds=preset.seeds,
         provenance=_provenance(preset),
     )
@@ -248,7 +248,7 @@ def masked_gradients_improve_every_mask(preset: SparsityPreset) -> Evidence:
     "sparsity24",
     10,
     kind="measured",
-    statement="End to end: magnitude is worse than Wanda, that than SparseGPT, that than SparseGPT refined; the prox is no worse.",
+    statement="End to end: magnitude is worse than Wanda, that than SparseGPT, that than refined SparseGPT; prox is no worse.",
     time_limit=3600,
 )
 def end_to_end_order(preset: SparsityPreset) -> Evidence:
@@ -280,7 +280,7 @@ def end_to_end_order(preset: SparsityPreset) -> Evidence:
         headline="Perplexity " + ", ".join(f"{name} {ppl[name]:.4g}" for name in ("dense", *order)),
         table=table,
         comparisons=(*steps, floor),
-        control=Control("the prox under another calibration draw", null.verdict, (null,)),
+        control=Control("The prox under another calibration draw.", null.verdict, (null,)),
         figures={"Every seed's perplexity relative to its dense model": plot},
         seeds=preset.seeds,
         provenance=_provenance(preset),
@@ -329,7 +329,7 @@ def better_out_of_distribution(preset: SparsityPreset) -> Evidence:
         f"against SparseGPT refined {math.exp(-refined[1].interval.estimate) - 1:+.1%} ({refined[1].verdict})",
         table=_perplexity_table(scores, preset, ("dense", *TABLE)),
         comparisons=(*there, *back, *refined),
-        control=Control("the prox under another calibration draw", null.verdict, (null,)),
+        control=Control("The prox under another calibration draw.", null.verdict, (null,)),
         seeds=preset.seeds,
         provenance=_provenance(preset),
     )
@@ -374,7 +374,7 @@ def zero_shot_is_kept_better(preset: SparsityPreset) -> Evidence:
         headline="Accuracy (chance 25 %) " + ", ".join(f"{name} {accuracy[name]:.1%}" for name in names),
         table=table,
         comparisons=(comparison,),
-        control=Control("magnitude against magnitude on other items", null.verdict, (null,)),
+        control=Control("Magnitude against magnitude on other items.", null.verdict, (null,)),
         seeds=preset.seeds,
         provenance=_provenance(preset),
     )

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from core.errors import InvalidInput, RunInProgress, TenfoldError
-from core.report import PaperCard
 from core.records import Record, load_records
+from core.report import PaperCard
 from core.runner import RunSummary, run_claims, select, write_report
 
 PRESETS = """
