@@ -287,24 +287,20 @@ class _Stack:
     def record(cls, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> _Stack:
         """Learn the arguments of every block for every batch.
 
-        The first batch runs through the dense model and must be reproduced by replaying the blocks one by one. The
-        others run through a model whose blocks return what they get: masks and rotary embeddings do not depend on it.
+        The first sequence runs through the dense model and must be reproduced by replaying the blocks one by one. Then
+        the batches run through a model whose blocks return what they get: masks and rotary embeddings do not depend on it.
         """
         inputs = [_as_inputs(batch) for batch in batches]
         if not inputs or not sum(batch["input_ids"].numel() for batch in inputs):
             raise InvalidInput("Calibration is empty: give at least one batch with tokens.")
         stack = cls(list(blocks.values()), list(blocks), [], [])
         device = next(model.parameters()).device
-        stand_in: Callable[..., Any] | None = None
+        stand_in = stack._learn_from(model, {key: value.to(device) for key, value in _longest(inputs[0]).items()})
         for batch in inputs:
             on_device = {key: value.to(device) for key, value in batch.items()}
-            calls, output = _run_recording(model, stack.blocks, on_device, stand_in)
+            calls, _ = _run_recording(model, stack.blocks, on_device, stand_in)
             stack.calls.append(calls)
             stack.hidden.append(calls[0].hidden)
-            if stand_in is None:
-                in_tuple = isinstance(output, tuple)
-                stack._check_replay(output[0] if in_tuple else output)
-                stand_in = _return_hidden_in_tuple if in_tuple else _return_hidden
             mask = batch.get("attention_mask")
             stack.keep.append(None if mask is None or bool(mask.all()) else mask.bool())
             stack.num_tokens += int(batch["input_ids"].numel() if mask is None else mask.sum())
@@ -333,18 +329,29 @@ class _Stack:
         for number, call in enumerate(self.calls):
             self.hidden[number] = call[index].run(self.blocks[index], self.hidden[number])
 
-    def _check_replay(self, expected: Tensor) -> None:
-        hidden = self.hidden[0]
-        for block, call in zip(self.blocks, self.calls[0], strict=True):
+    def _learn_from(self, model: nn.Module, sequence: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """Check on one sequence that replay reproduces the dense model, and say what may stand in for a block."""
+        calls, output = _run_recording(model, self.blocks, sequence, None)
+        in_tuple = isinstance(output, tuple)
+        expected = output[0] if in_tuple else output
+        hidden = calls[0].hidden
+        for block, call in zip(self.blocks, calls, strict=True):
             hidden = call.run(block, hidden)
-        scale = expected.abs().max().clamp_min(1e-30)
         if not torch.isfinite(hidden).all():
-            raise InvalidInput("The dense model gives NaN or infinite activations on the first calibration batch.")
-        if float((hidden - expected).abs().max() / scale) > 1e-3:
+            raise InvalidInput("The dense model gives NaN or infinite activations on the first calibration sequence.")
+        if float((hidden - expected).abs().max() / expected.abs().max().clamp_min(1e-30)) > 1e-3:
             raise InvalidInput(
                 f"Running the blocks of {self.names[0].rsplit('.', 1)[0]} one by one does not reproduce the model: it does "
                 "something between blocks that replay cannot see."
             )
+        return _return_hidden_in_tuple if in_tuple else _return_hidden
+
+
+def _longest(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sequence of a batch with the least padding, as a batch of one."""
+    mask = batch.get("attention_mask")
+    row = 0 if mask is None else int(mask.sum(1).argmax())
+    return {key: value[row : row + 1] for key, value in batch.items()}
 
 
 def _as_inputs(batch: Batch) -> dict[str, Tensor]:

@@ -20,8 +20,10 @@ class SparsityPreset(Preset):
     # Claims 6 and 14: draws of a correlation matrix a seed, rows of weights a draw.
     toy_draws: int = 5
     toy_rows: int = 64
-    # Claims 7 and 9: the reference's synthetic layers, or "model" for the layers of the model's first blocks.
+    # Claims 7 and 9: the reference's synthetic layers, or "model" for the layers of the model's first blocks
+    # whose names match the pattern.
     layer_kinds: tuple[str, ...] = ("iid", "block-correlated", "low-rank", "power-law")
+    layer_pattern: str = "*"
     layer_rows: int = 128
     layer_width: int = 256
     # Claims 8, 10, 12 and 13.
@@ -52,14 +54,14 @@ REAL = SparsityPreset(
     calibration=("wikitext2_small", "train"),
     in_distribution=("wikitext2_small", "test"),
     out_of_distribution=("tinyshakespeare", ""),
-    calibration_sequences=16,
+    calibration_sequences=8,
     calibration_window=512,
     window=512,
-    max_windows=16,
-    num_blocks=4,
+    max_windows=8,
+    num_blocks=2,
     refinement="cg",
     refinement_steps=20,
-    cloze_items=200,
+    cloze_items=60,
 )
 
 # Reference section 5: 2 million tokens of C4, perplexity on C4 validation and WikiText-2, window 2048.

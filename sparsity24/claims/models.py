@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 
 import numpy as np
@@ -61,6 +62,8 @@ RECIPES = {
     "prox, swapped": Recipe(ProxPruner.variant("fast"), refined=True, swapped=True),
 }
 TABLE = tuple(RECIPES)[:7]
+# The models that claim 13 asks; scoring its items is dear on a real model.
+CLOZE = ("dense", "random", "magnitude", "SparseGPT", "prox + refinement")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class ModelScores:
     nll_in: float
     nll_out: float
     layer_losses: tuple[float, ...]
-    cloze: Cloze
+    cloze: Cloze | None
 
 
 @cache
@@ -110,12 +113,15 @@ def dense_layers(preset: SparsityPreset, seed: int) -> list[tuple[Tensor, Tensor
     """(weight, hessian) of every linear layer in the model's first blocks, from inputs of the dense model."""
     lm = dense_model(preset.model.format(seed=seed))
     batches = calibration_batches(preset, seed)
-    return [(gram.weight, gram.hessian) for gram in dense_grams(lm.model, batches, num_blocks=preset.num_blocks)]
+    grams = dense_grams(lm.model, batches, num_blocks=preset.num_blocks)
+    return [(gram.weight, gram.hessian) for gram in grams if fnmatch(gram.name, preset.layer_pattern)]
 
 
 @cache
 def model_scores(preset: SparsityPreset, seed: int, name: str) -> ModelScores:
     """Prune the model of `seed` by a recipe and evaluate it; `name` "dense" leaves it as it is."""
+    if name == "dense" and seed != preset.seeds[0] and "{seed}" not in preset.model:
+        return model_scores(preset, preset.seeds[0], name)
     lm = dense_model(preset.model.format(seed=seed))
     losses: tuple[float, ...] = ()
     if name != "dense":
@@ -140,10 +146,11 @@ def model_scores(preset: SparsityPreset, seed: int, name: str) -> ModelScores:
         )
         for data in (preset.in_distribution, preset.out_of_distribution)
     ]
-    return ModelScores(nll[0], nll[1], losses, cloze(lm, token_ids(first, preset.in_distribution), preset.cloze_items))
+    items = cloze(lm, token_ids(first, preset.in_distribution), preset.cloze_items) if name in CLOZE else None
+    return ModelScores(nll[0], nll[1], losses, items)
 
 
-def cloze(lm: CausalLM, ids: Tensor, num_items: int, *, skip: int = 0, context: int = 32, choice: int = 8) -> Cloze:
+def cloze(lm: CausalLM, ids: Tensor, num_items: int, *, context: int = 32, choice: int = 8) -> Cloze:
     """The offline zero-shot proxy (reference section 5): which of four endings belongs to the context?
 
     Windows of 32 + 8 tokens in an order fixed by a seed; the choices are the window's own ending and those of the next
@@ -151,7 +158,7 @@ def cloze(lm: CausalLM, ids: Tensor, num_items: int, *, skip: int = 0, context: 
     """
     windows = ids[: len(ids) // (context + choice) * (context + choice)].view(-1, context + choice)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-    windows = windows[order[skip : skip + num_items + 3]]
+    windows = windows[order[: num_items + 3]]
     num_items = len(windows) - 3
     contexts = [windows[i, :context].tolist() for i in range(num_items) for _ in range(4)]
     endings = [windows[i + k, context:].tolist() for i in range(num_items) for k in range(4)]
@@ -348,30 +355,27 @@ def zero_shot_is_kept_better(preset: SparsityPreset) -> Evidence:
 
     Control: magnitude against magnitude on other items.
     """
-    names = ("dense", "random", "magnitude", "SparseGPT", "prox + refinement")
-    scores = all_scores(preset, names)
-    gain = [
-        scores["prox + refinement", s].cloze.log_likelihood - scores["magnitude", s].cloze.log_likelihood
-        for s in preset.seeds
-    ]
+    scores = all_scores(preset, CLOZE)
+    found = {job: score.cloze for job, score in scores.items() if score.cloze is not None}
+    gain = [found["prox + refinement", s].log_likelihood - found["magnitude", s].log_likelihood for s in preset.seeds]
     comparison = verdict(gain, label="prox − magnitude", unit="choice log-likelihood")
-    halves = [np.array_split(scores["magnitude", s].cloze.log_likelihood, 2) for s in preset.seeds]
+    halves = [np.array_split(found["magnitude", s].log_likelihood, 2) for s in preset.seeds]
     null = verdict([a[: len(b)] - b for a, b in halves], label="magnitude, other items", unit="choice log-likelihood")
     table = pd.DataFrame(
         [
             (
                 name,
-                float(np.mean([scores[name, s].cloze.correct.mean() for s in preset.seeds])),
-                float(np.mean([scores[name, s].cloze.log_likelihood.mean() for s in preset.seeds])),
+                float(np.mean([found[name, s].correct.mean() for s in preset.seeds])),
+                float(np.mean([found[name, s].log_likelihood.mean() for s in preset.seeds])),
             )
-            for name in names
+            for name in CLOZE
         ],
         columns=["method", "accuracy", "choice log-likelihood"],
     )
     accuracy = dict(zip(table["method"], table["accuracy"], strict=True))
     return Evidence(
         verdict=comparison.verdict,
-        headline="Accuracy (chance 25 %) " + ", ".join(f"{name} {accuracy[name]:.1%}" for name in names),
+        headline="Accuracy (chance 25 %) " + ", ".join(f"{name} {accuracy[name]:.1%}" for name in CLOZE),
         table=table,
         comparisons=(comparison,),
         control=Control("Magnitude against magnitude on other items.", null.verdict, (null,)),
