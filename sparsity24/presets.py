@@ -16,7 +16,7 @@ class SparsityPreset(Preset):
     # Claims 1 to 5: groups of four drawn for each family of inputs, and steps of a sweep over lambda.
     num_groups: int = 2000
     num_lams: int = 120
-    timing_groups: int = 65536
+    timing_groups: int = 131072
     # Claims 6 and 14: draws of a correlation matrix a seed, rows of weights a draw.
     toy_draws: int = 5
     toy_rows: int = 64

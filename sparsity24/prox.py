@@ -23,6 +23,9 @@ from core.errors import InvalidInput, TenfoldError
 # Above the first, or with t3 <= second * t1 * t2, two entries are the global minimum (reference 3.2, early-out).
 MAX_DENSE = 0.5 + math.sqrt(0.5)
 MIN_THIRD = 2 * math.sqrt(2) - 2
+# Below this largest entry the Hessian is diagonally dominant on the box [0, t]: row i of I + (sums of the other two) has
+# off-diagonal entries that add up to twice the sum of three entries.
+_CONVEX = 1 / 6
 
 # 64 k groups of float32 planes stay in a core's cache (half and double are slower); a GPU wants few large kernels.
 _CPU_CHUNK = 1 << 16
@@ -209,6 +212,26 @@ def _solve(z: Tensor, two: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]
     """Solve the groups that the early-out could not finish, whose two largest entries are `two`; and where it keeps more."""
     t_at = z.abs().mul_(lam)
     t = _sorted_values(t_at.unbind(0))
+    if bool(t[0].amax() < _CONVEX):
+        return _solve_convex(z, two, lam, t, t_at)
+    return _solve_any(z, two, lam, t, t_at)
+
+
+def _solve_convex(z: Tensor, two: Tensor, lam: float | Tensor, t: Planes, t_at: Tensor) -> tuple[Tensor, Tensor]:
+    """`_solve` where the objective is convex on the whole box: a minimum with four non-zero entries is the global one."""
+    dense = _dense(t, t_at)
+    rest = (dense.amin(0) <= 0).logical_or_(t[0] < _NEGLIGIBLE[z.dtype])
+    solution, over = torch.copysign(dense.div_(lam), z), _bits(torch.zeros_like(t[0])).bitwise_not_()
+    if bool(rest.any()):
+        index = rest.nonzero().squeeze(1)
+        lam_left = lam if isinstance(lam, float) else lam[index]
+        left = [plane[index] for plane in t]
+        solution[:, index], over[index] = _solve_any(z[:, index], two[:, index], lam_left, left, t_at[:, index])
+    return solution, over
+
+
+def _solve_any(z: Tensor, two: Tensor, lam: float | Tensor, t: Planes, t_at: Tensor) -> tuple[Tensor, Tensor]:
+    """`_solve` from the three candidates; `t_at` is lam |z| and `t` its planes in decreasing order."""
     r, u = _three(t)
     # f3 < f2 in closed form, and a third entry; on a tie the sparser solution stays.
     three_wins = _negative(torch.addcmul(u[0] * u[0], u[1], u[1]).sub_(1)).bitwise_and_(_negative(0 - u[2]))
