@@ -168,12 +168,12 @@ def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups
         piece = slice(start, start + chunk)
         lam_piece = lam if isinstance(lam, float) else lam[piece]
         active, two = _early_out(z[:, piece], lam_piece)
-        num_active, num_groups = int(active.count_nonzero()), active.shape[0]
+        num_active, num_groups = _count(active), active.shape[0]
         if num_active >= _COMPACT_BELOW * num_groups and num_active > 0:
             solved, over = _solve(z[:, piece], two, lam_piece)
             if num_active < num_groups:
                 solved, over = _select(active, solved, two), over.bitwise_and_(active)
-            num_over += int(over.count_nonzero())
+            num_over += _count(over)
             out[:, piece] = solved
             continue
         if num_active:
@@ -188,7 +188,7 @@ def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups
             piece = slice(start, start + chunk)
             lam_piece = lam_left if isinstance(lam_left, float) else lam_left[piece]
             solved, over = _solve(z_left[:, piece], two_left[:, piece], lam_piece)
-            num_over += int(over.count_nonzero())
+            num_over += _count(over)
             out[:, index[piece]] = solved
     return num_over
 
@@ -285,6 +285,11 @@ def _bits(x: Tensor) -> Tensor:
 def _negative(x: Tensor) -> Tensor:
     """All bits set where `x` is below zero, none elsewhere; `x` is overwritten."""
     return _bits(x).bitwise_right_shift_(31 if x.dtype == torch.float32 else 63)
+
+
+def _count(mask: Tensor) -> int:
+    """Lanes with all bits set; each is -1, and a sum in that type is faster than `count_nonzero`."""
+    return -int(mask.sum(dtype=mask.dtype))
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
