@@ -16,7 +16,8 @@ import pytest
 from core import report
 from core.experiment import Control, Evidence, Verdict, verdict
 from core.plots import figure, to_svg
-from core.report import ClaimRow, PaperCard, RunState, Section, evidence_to_json, number, numbers, render, write_page
+from core.report import ClaimRow, PaperCard, RunState, Section, evidence_to_json, render, write_page
+from core.typeset import number, numbers
 
 STARTED = datetime(2026, 11, 24, 8, 0, tzinfo=UTC)
 RUNNING = RunState("quick", STARTED)
