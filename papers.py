@@ -168,7 +168,11 @@ def list_papers() -> None:
 
 
 @app.command()
-def show(name: Name, out: Out = Path("results")) -> None:
+def show(
+    name: Name,
+    out: Out = Path("results"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the verdicts as a table for a README.")] = False,
+) -> None:
     """Say what a paper is about, which claims it makes and what came of them here."""
     from rich.table import Table
 
@@ -176,6 +180,14 @@ def show(name: Name, out: Out = Path("results")) -> None:
     from core.runner import describe
 
     paper, console = _paper(name), _console()
+    if markdown:
+        print("| # | claim | kind | verdict | what came out |\n| --- | --- | --- | --- | --- |")
+        for record in sorted((r for r in load_records(out) if r.package == name), key=lambda r: r.number):
+            evidence = record.evidence or {}
+            found = evidence.get("not_run_reason") or evidence.get("headline") or record.status
+            verdict = record.verdict or record.status
+            print(f"| {record.number} | {record.statement} | {record.kind} | {verdict} | {found} |")
+        return
     console.print(f"[bold]{paper.title}[/]\n{paper.venue} · arXiv {paper.arxiv} · `import {paper.package}`\n")
     console.print(paper.summary + "\n")
     if not paper.built:

@@ -89,3 +89,12 @@ def test_the_demo_shows_something_within_seconds():
     done = papers("demo", "sparsity24")
     assert done.returncode == 0, done.stderr
     assert "prox" in done.stdout
+
+
+def test_a_hub_preset_without_a_network_is_not_run_and_says_why(tmp_path: Path):
+    done = papers(
+        "reproduce", "sparsity24/8", "--set", "model=hub:nobody/no-such-model", cwd=tmp_path, HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not run" in done.stdout
+    assert "fetch it elsewhere" in " ".join(done.stdout.split())
