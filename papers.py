@@ -182,11 +182,11 @@ def show(
     paper, console = _paper(name), _console()
     if markdown:
         print("| # | claim | kind | verdict | what came out |\n| --- | --- | --- | --- | --- |")
-        for record in sorted((r for r in load_records(out) if r.package == name), key=lambda r: r.number):
-            evidence = record.evidence or {}
-            found = evidence.get("not_run_reason") or evidence.get("headline") or record.status
-            verdict = record.verdict or record.status
-            print(f"| {record.number} | {record.statement} | {record.kind} | {verdict} | {found} |")
+        for row in sorted((r for r in load_records(out) if r.package == name), key=lambda r: r.number):
+            evidence = row.evidence or {}
+            found = evidence.get("not_run_reason") or evidence.get("headline") or row.status
+            verdict = row.verdict or row.status
+            print(f"| {row.number} | {row.statement} | {row.kind} | {verdict} | {found} |")
         return
     console.print(f"[bold]{paper.title}[/]\n{paper.venue} · arXiv {paper.arxiv} · `import {paper.package}`\n")
     console.print(paper.summary + "\n")

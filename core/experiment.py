@@ -78,7 +78,7 @@ def verdict(differences: Sequence[ArrayLike], margin: float = 0.0, *, label: str
     One number a seed gives a t-interval. One sequence of items a seed gives a cluster bootstrap of items within seeds.
     *Holds* when the whole interval is above `margin`, *fails* when it is below, else *inconclusive*; a negative margin
     asks for non-inferiority. Raises `InvalidEvidence` on fewer than five seeds (a shorter interval is not to be
-    trusted) and on NaN or infinite differences.
+    trusted) and on NaN or infinite differences. Differences that are all the same number are *inconclusive*.
     """
     if len(differences) < MIN_SEEDS:
         raise InvalidEvidence(
@@ -86,7 +86,10 @@ def verdict(differences: Sequence[ArrayLike], margin: float = 0.0, *, label: str
         )
     one_number_a_seed = all(np.ndim(value) == 0 for value in differences)
     interval = t_interval(np.asarray(differences)) if one_number_a_seed else cluster_bootstrap_interval(differences)
-    if interval.low > margin:
+    if one_number_a_seed and np.ptp(np.asarray(differences, dtype=float)) == 0:
+        # Seeds that do not vary are one observation, however often it is written down.
+        outcome = Verdict.INCONCLUSIVE
+    elif interval.low > margin:
         outcome = Verdict.HOLDS
     elif interval.high < margin:
         outcome = Verdict.FAILS
@@ -102,6 +105,12 @@ class Control:
     description: str
     verdict: Verdict
     comparisons: tuple[Comparison, ...] = ()
+
+    @classmethod
+    def of(cls, description: str, *comparisons: Comparison) -> Control:
+        """A control of several parts: it holds as soon as one of them does."""
+        parts = [comparison.verdict for comparison in comparisons]
+        return cls(description, Verdict.HOLDS if Verdict.HOLDS in parts else Verdict.all_of(parts), comparisons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +166,9 @@ class Preset:
 
     def __post_init__(self) -> None:
         """Refuse seeds with which no verdict is possible, before any work."""
-        if len(set(self.seeds)) < MIN_SEEDS:
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < MIN_SEEDS:
             raise InvalidInput(
-                f"{self.name}: a verdict needs at least {MIN_SEEDS} different seeds and got {self.seeds}. "
+                f"{self.name}: a verdict needs at least {MIN_SEEDS} seeds, all different, and got {self.seeds}. "
                 f"Say --seeds {MIN_SEEDS} or more."
             )
 

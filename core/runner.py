@@ -79,14 +79,17 @@ def select(
     """
     numbers: dict[str, list[int]] = {}
     for name in names or built:
-        package, _, number = name.partition("/")
+        package, slash, number = name.partition("/")
         if package not in built:
             raise unknown_name("package", package, built)
         chosen = numbers.setdefault(package, [])
-        if number:
-            if not number.isdigit():
+        if slash:
+            if not number.isdecimal():
                 raise unknown_name(f"claim of {package}; claims have numbers, as in", number, [f"{package}/1"])
             chosen.append(int(number))
+    for package in set(names) & set(numbers):
+        # The package as a whole was asked for, whatever single claims stand beside it.
+        numbers[package] = []
     presets = {package: load_preset(package, preset) for package in numbers}
     settings = {package: {f.name for f in fields(value)} - {"name"} for package, value in presets.items()}
     for key in assignments:
@@ -134,7 +137,12 @@ class _Run:
         self.cards, self.out, self.again, self.console = cards, out, again, console
         self.started = datetime.now(UTC)
         self.records = {(r.package, r.number): r for r in load_records(out, console)}
-        self.rows = {key: _row_of(record, fresh=False) for key, record in self.records.items()}
+        # What is still true is shown as it is, whether or not this run is about it.
+        current = {package: record_key(package, selection.preset) for package, selection in self.selections.items()}
+        self.rows = {
+            identity: _row_of(record, fresh=record.key == current.get(record.package))
+            for identity, record in self.records.items()
+        }
         self.keys: dict[str, str] = {}  # by package
         self.plan: list[tuple[str, int]] = []
         self.skipped = 0

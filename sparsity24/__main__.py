@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from core.data.catalog import LoadedData
 
 app = typer.Typer(
     name="sparsity24",
@@ -24,7 +27,9 @@ def prune(
     model: Annotated[str, typer.Argument(help=f"The dense model: {MODEL_HELP}")],
     output: Annotated[Path, typer.Option(help="A new folder for the sparse model, its tokenizer and the report.")],
     calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DATA_HELP}")] = "embedded:corpus",
-    split: Annotated[str, typer.Option(help="Split of the calibration text; empty when it has none.")] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the text; default: train, or the whole if it has none.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="prox, prox-fast, prox-quality, prox-paper, sparsegpt, wanda, magnitude, random.")
     ] = "prox-fast",
@@ -44,26 +49,30 @@ def prune(
     """Prune MODEL and save the sparse one, which loads with transformers anywhere."""
     from rich.console import Console
 
-    from core.data import catalog
     from core.errors import InvalidInput
     from core.llm.causal import CausalLM
     from sparsity24.calibration import random_sequences
     from sparsity24.export import save
+    from sparsity24.methods import as_method
     from sparsity24.model import prune_model
+    from sparsity24.refinement import check_settings
 
+    # Before hours of work, not after.
+    as_method(method)
+    check_settings(refine, steps, tol=0.0)
     if output.exists():
-        # Before hours of work, not after.
         raise InvalidInput(f"{output} exists. Choose another folder with --output, or remove it first.")
     lm = CausalLM.load(model, device=device)
-    text = catalog.load(calibration, split or None)
+    text = _text(calibration, split, "train")
     length = min(window, lm.context_length or window)
     batches = random_sequences(lm.encode(text.text), num_sequences=sequences, window=length, seed=seed)
     report = prune_model(lm.model, batches, method, refine=refine, steps=steps, skip=skip or (), strict=strict)
     save(lm.model, lm.tokenizer, output, report)
     Console().print(
-        f"{len(report.layers)} layers pruned by {report.method} in {report.seconds:.0f} s, mean relative loss "
-        f"{report.mean_rel_loss:.4f}; {len(report.skipped)} left dense. Calibrated on {report.num_tokens} tokens of "
-        f"{text.provenance}.\nSaved to {output}. Next: python -m sparsity24 evaluate folder:{output}",
+        f"{len(report.layers)} layers pruned by {method} in {report.seconds:.0f} s, mean relative loss "
+        f"{report.mean_rel_loss:.4f}; {len(report.skipped)} left dense. Calibrated on {report.num_tokens} tokens, "
+        f"{length} a sequence, of {text.provenance}.\nSaved to {output}. "
+        f"Next: python -m sparsity24 evaluate folder:{output} --window {length}",
         highlight=False,
     )
 
@@ -72,7 +81,9 @@ def prune(
 def evaluate(
     model: Annotated[str, typer.Argument(help=f"A model, dense or sparse: {MODEL_HELP}")],
     data: Annotated[str, typer.Option(help=f"Text to evaluate on: {DATA_HELP}")] = "embedded:corpus",
-    split: Annotated[str, typer.Option(help="Split of the text; empty when it has none.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the text; default: test, or the whole if it has none.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window; capped by the model's context.")] = 2048,
     stride: Annotated[
         int | None, typer.Option(help="Slide by so many tokens; default: windows do not overlap.")
@@ -85,11 +96,10 @@ def evaluate(
     """Print the perplexity of MODEL on a text, with the window that it depends on."""
     from rich.console import Console
 
-    from core.data import catalog
     from core.llm.causal import CausalLM
 
     lm = CausalLM.load(model, device=device)
-    text = catalog.load(data, split or None)
+    text = _text(data, split, "test")
     length = min(window, lm.context_length or window)
     found = lm.perplexity(text.text, window=length, stride=stride, max_windows=max_windows)
     how = "non-overlapping" if stride is None else f"stride {stride}"
@@ -117,6 +127,19 @@ def verify(path: Annotated[Path, typer.Argument(help="The folder of a saved mode
     if found.dense:
         console.print(table)
     raise typer.Exit(1 if found.dense and (path / REPORT_NAME).exists() else 0)
+
+
+def _text(spec: str, split: str | None, default: str) -> LoadedData:
+    from core.data import catalog
+    from core.errors import InvalidInput
+
+    if split is not None:
+        return catalog.load(spec, split or None)
+    try:
+        return catalog.load(spec, default)
+    except InvalidInput:
+        # A set without splits is taken whole; one that has others says which, in this second error.
+        return catalog.load(spec)
 
 
 def main() -> None:

@@ -23,9 +23,11 @@ def random_sequences(
     than one sequence.
     """
     ids = torch.as_tensor(token_ids)
-    if num_sequences < 1 or window < 1 or len(ids) < window:
+    if num_sequences < 1 or window < 1:
+        raise InvalidInput(f"Calibration needs sequences of tokens; got {num_sequences} sequences of {window} tokens.")
+    if len(ids) < window:
         raise InvalidInput(
-            f"Calibration on {num_sequences} sequences of {window} tokens needs a text of at least {max(window, 1)} tokens; "
+            f"Calibration on {num_sequences} sequences of {window} tokens needs a text of at least {window} tokens; "
             f"this one has {len(ids)}. Use a shorter window or a longer text."
         )
     generator = torch.Generator().manual_seed(seed)

@@ -81,6 +81,13 @@ def _of_model(model: nn.Module) -> dict[str, float]:
     return {name: _share(weight.detach()) for name, weight in linears.items()}
 
 
+def _names_in(report: Path) -> set[str]:
+    try:
+        return {layer["name"] for layer in json.loads(report.read_text())["layers"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{report} is not a report of ours ({error}). Remove it to check every matrix.") from error
+
+
 def _of_folder(folder: Path) -> dict[str, float]:
     from safetensors import safe_open
 
@@ -88,7 +95,7 @@ def _of_folder(folder: Path) -> dict[str, float]:
     if not files:
         raise InvalidInput(f"{folder} holds no *.safetensors. Give the folder of a saved model.")
     report = folder / REPORT_NAME
-    named = {layer["name"] for layer in json.loads(report.read_text())["layers"]} if report.exists() else None
+    named = _names_in(report) if report.exists() else None
     shares = {}
     for path in track(files, "Checking weights"):
         with safe_open(path, framework="pt") as tensors:

@@ -36,6 +36,7 @@ def prune_layer(
     Raises `InvalidInput` (a `ValueError`) with `name` in its message on NaN and on a width that is not a multiple of 4.
     """
     chosen = as_method(method)
+    refinement.check_settings(refine, steps, tol)
     w0, h = prepared(dense, hessian, name=name)
     if is_24(dense):
         return LayerResult(dense.clone(), top2_mask(dense.abs()), rel_loss=0.0)

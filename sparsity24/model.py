@@ -22,6 +22,7 @@ from sparsity24.layer import prune_layer
 from sparsity24.methods import Method, as_method
 from sparsity24.problem import relative_loss
 from sparsity24.prox import is_24
+from sparsity24.refinement import check_settings
 
 # Token ids, or what a tokenizer returns: `input_ids` and, where there is padding, `attention_mask`.
 Batch = Tensor | Mapping[str, Tensor]
@@ -86,12 +87,14 @@ def prune_model(
     Block by block: the Grams of a block are collected on what the already pruned blocks give, its layers are pruned,
     and the block is run again with its new weights to make the next one's inputs. Embeddings, norms and the head stay
     dense, and so does what matches a pattern of `skip`. A layer whose width is not a multiple of 4 is left dense with a
-    warning, or refused before anything is modified with `strict`. On any error the model is as it was before.
+    warning, or refused before anything is modified with `strict`. On any error the model is as it was before, for which the
+    original weights are kept until the end.
 
     Raises `InvalidInput` on empty calibration, on NaN or infinite weights or activations (naming the layer), on
     quantised or meta weights, and on a model whose blocks are not found.
     """
     solver = as_method(method)
+    check_settings(refine, steps, tol=0.0)
     started, solving = time.perf_counter(), 0.0
     blocks = find_blocks(model)
     wanted, skipped = _choose(model, blocks, skip, strict)
@@ -249,8 +252,11 @@ def _prune_group(
         results, iterations = list(torch.split(pruned.weight, [len(part) for part in parts])), pruned.iterations
     for name, before, after in zip(group, parts, results, strict=True):
         rounded = after.to(wanted[name].dtype)
-        if not is_24(rounded):
-            raise AssertionError(f"{name} is not 2:4 after rounding to {rounded.dtype}")
+        if not torch.isfinite(rounded).all() or not is_24(rounded):
+            raise InvalidInput(
+                f"Pruning `{name}` gave NaN, infinite or dense weights in {rounded.dtype}: its weights or inputs are too large "
+                "to be squared. Leave it dense with skip=[...], or rescale the model."
+            )
         shape = (before.shape[0], before.shape[1])
         yield LayerReport(name, shape, relative_loss(rounded.float(), before, hessian), iterations), rounded
 
@@ -355,9 +361,14 @@ def _longest(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_inputs(batch: Batch) -> dict[str, Tensor]:
-    if isinstance(batch, Tensor):
-        return {"input_ids": batch}
-    return {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"keys {sorted(inputs)}"
+        raise InvalidInput(
+            f"A calibration batch is a (batch, sequence) tensor of token ids, alone or as `input_ids`; got {given}."
+        )
+    return {key: inputs[key] for key in ("input_ids", "attention_mask") if inputs.get(key) is not None}
 
 
 def _run_recording(

@@ -59,8 +59,10 @@ def relative_loss(
     weight: Float[Tensor, "rows width"], dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]
 ) -> float:
     """L(W) / L(0); 0 for a layer whose inputs or weights are all zero."""
-    scale = local_loss(torch.zeros_like(dense), dense, hessian)
-    return local_loss(weight, dense, hessian) / scale if scale > 0 else 0.0
+    # In double precision, so that tiny and huge weights neither vanish nor overflow when they are squared.
+    exact = [tensor.double() for tensor in (weight, dense, hessian)]
+    scale = local_loss(torch.zeros_like(exact[1]), *exact[1:])
+    return local_loss(*exact) / scale if scale > 0 else 0.0
 
 
 def prepared(
@@ -73,6 +75,11 @@ def prepared(
     """
     if not dense.is_floating_point():
         raise WrongDtype(f"The weights of {name} are {dense.dtype}; real floating-point numbers are needed.")
+    if dense.ndim != 2 or hessian.shape != (dense.shape[1], dense.shape[1]):
+        raise InvalidInput(
+            f"A weight is (rows, width) and its Hessian (width, width); {name} has {tuple(dense.shape)} and "
+            f"{tuple(hessian.shape)}."
+        )
     if dense.shape[1] % 4:
         raise InvalidInput(
             f"2:4 groups run along the input axis, which must be a multiple of 4; the weight of {name} has shape "
@@ -81,6 +88,8 @@ def prepared(
     for value, what in ((dense, "weights"), (hessian, "Hessian (the calibration activations)")):
         if not bool(torch.isfinite(value).all()):
             raise InvalidInput(f"The {what} of {name} hold NaN or infinite values; nothing of this layer was changed.")
+    if bool((hessian.diagonal() < 0).any()):
+        raise InvalidInput(f"The Hessian of {name} has a negative diagonal entry: it is not a mean of x x^T.")
     dtype = torch.float64 if torch.float64 in (dense.dtype, hessian.dtype) else torch.float32
     hessian = hessian.to(device=dense.device, dtype=dtype)
     return dense.to(dtype), 0.5 * (hessian + hessian.T)
@@ -100,11 +109,15 @@ def alive(hessian: Float[Tensor, "width width"]) -> Bool[Tensor, "width"]:
     return hessian.diagonal() > 0
 
 
-def largest_eigenvalue(matrix: Float[Tensor, "width width"], num_steps: int = 30) -> float:
-    """An upper estimate of a PSD matrix' largest eigenvalue: power iteration and one per cent (reference 12, hint 5)."""
+def largest_eigenvalue(matrix: Float[Tensor, "width width"], num_steps: int = 100) -> float:
+    """An estimate of a PSD matrix' largest eigenvalue that is hardly ever low: power iteration and two per cent.
+
+    The 30 steps and one per cent of reference 12 (hint 5) leave a Gaussian Gram's crowded top up to 2.5 % short, and a step
+    of 1/L then is too long. The steps are matrix-vector products and cost nothing beside one over all rows.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(matrix.shape[0], generator=generator, dtype=matrix.dtype).to(matrix.device)
     for _ in range(num_steps):
         x = matrix @ x
         x /= x.norm().clamp_min(torch.finfo(x.dtype).tiny)
-    return 1.01 * float(x @ (matrix @ x)) or 1.0
+    return 1.02 * float(x @ (matrix @ x)) or 1.0

@@ -143,7 +143,7 @@ def top2_mask(score: Float[Tensor, "*batch width"]) -> Bool[Tensor, "*batch widt
 
 def project24(w: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
     """The nearest 2:4-sparse tensor: the two largest magnitudes of every group, the others zero."""
-    _widened(w)
+    _require_finite(_widened(w), "w")
     return torch.where(top2_mask(w.abs()), w, torch.zeros((), dtype=w.dtype, device=w.device))
 
 

@@ -5,6 +5,7 @@ Rows share H, so one step of any of the iterative solvers is one matrix product 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +33,17 @@ class RefineInfo:
     relative_residual: float
 
 
+def check_settings(how: str, steps: int, tol: float) -> None:
+    """Refuse settings under which `refine` could not work; "none" is for callers that then do not call it."""
+    known = ("none", "gd", "nesterov", "cg", "exact")
+    if how not in known:
+        raise unknown_name("refinement", how, known)
+    if steps < 0:
+        raise InvalidInput(f"`steps` must be at least 0; got {steps}.")
+    if not (math.isfinite(tol) and tol >= 0):
+        raise InvalidInput(f"`tol` must be a finite number of at least 0; got {tol}.")
+
+
 def refine(
     weight: Float[Tensor, "rows width"],
     mask: Bool[Tensor, "rows width"],
@@ -49,11 +61,8 @@ def refine(
     row's loss rises: a row that rounding or momentum would leave worse keeps its start. Raises `InvalidInput` on NaN, on
     an unknown `how` and on negative `steps`.
     """
+    check_settings(how, steps, tol)
     solvers: dict[str, Solver] = {"gd": _gradient, "nesterov": _nesterov, "cg": _conjugate_gradient, "exact": _exact}
-    if how not in solvers:
-        raise unknown_name("refinement", how, solvers)
-    if steps < 0:
-        raise InvalidInput(f"`steps` must be at least 0; got {steps}.")
     w0, h = prepared(dense, hessian)
     # V = W D and A = D^-1 H D^-1 with D = diag(H)^(1/2): Jacobi preconditioning, once and for all.
     scale = h.diagonal().clamp_min(0).sqrt()

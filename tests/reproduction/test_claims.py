@@ -17,7 +17,9 @@ CLAIMS = [(package, entry.number) for package in BUILT for entry in describe(pac
 
 # What of REAL fits into CI, by package: the claims, and the settings that shrink them. The rest of REAL runs under
 # `make reproduce PRESET=real`.
-REAL_IN_CI = {"sparsity24": (["sparsity24/7"], {"num_blocks": "1", "layer_pattern": "'*.self_attn.[qkv]_proj'"})}
+REAL_IN_CI: dict[str, tuple[list[str], dict[str, str], dict[str, str]]] = {
+    "sparsity24": (["sparsity24/7"], {"num_blocks": "1", "layer_pattern": "'*.self_attn.[qkv]_proj'"})
+}
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +65,6 @@ def test_the_part_of_real_that_ci_can_pay(papers_data: Path, tmp_path: Path, pac
     assert [f"{record.package}/{record.number}" for record in summary.records] == names
     for record in summary.records:
         check(record)
+        parts = {part["label"]: part["verdict"] for part in record.evidence["comparisons"]}
+        for label in MUST_HOLD.get(f"{record.package}/{record.number}", ()):
+            assert parts[label] == Verdict.HOLDS
