@@ -38,7 +38,7 @@ def test_help_names_every_command_and_says_what_the_exit_code_means():
         (("reproduce", "sparsity24", "--set", "sedes=3"), "Did you mean seeds"),
         (("reproduce", "sparsity24", "--set", "seeds"), "KEY=VALUE"),
         (("reproduce", "sparsity24/99"), "claim of sparsity24 '99'"),
-        (("reproduce", "sparsity24", "--seeds", "3"), "at least 5 different seeds"),
+        (("reproduce", "sparsity24", "--seeds", "3"), "at least 5 seeds, all different"),
         (("reproduce", "omg"), "omg is not built yet"),
         (("demo", "omg"), "omg is not built yet"),
     ],

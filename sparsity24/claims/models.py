@@ -270,7 +270,7 @@ def masked_gradients_improve_every_mask(preset: SparsityPreset) -> Evidence:
     change = [1 - math.exp(-comparison.interval.estimate) for comparison in comparisons[1::2]]
     return Evidence(
         verdict=Verdict.all_of(comparison.verdict for comparison in comparisons),
-        headline=f"{_scope(preset)}mean layer loss falls by {change[0]:.0%} (Wanda) and {change[1]:.0%} (SparseGPT), "
+        headline=f"{_scope(preset)}Mean layer loss falls by {change[0]:.0%} (Wanda) and {change[1]:.0%} (SparseGPT), "
         f"perplexity with it; single layers end higher {rises} times",
         table=_perplexity_table(scores, preset, names),
         comparisons=tuple(comparisons),
@@ -313,7 +313,7 @@ def end_to_end_order(preset: SparsityPreset) -> Evidence:
     ppl = dict(zip(table["method"], table["perplexity"], strict=True))
     return Evidence(
         verdict=Verdict.all_of(comparison.verdict for comparison in steps),
-        headline=f"{_scope(preset)}perplexity " + ", ".join(f"{name} {ppl[name]:.4g}" for name in ("dense", *order)),
+        headline=f"{_scope(preset)}Perplexity " + ", ".join(f"{name} {ppl[name]:.4g}" for name in ("dense", *order)),
         table=table,
         comparisons=tuple(steps),
         control=Control.of(
@@ -362,7 +362,7 @@ def better_out_of_distribution(preset: SparsityPreset) -> Evidence:
     null = _better(scores, preset, "prox + refinement", "prox, other draw", where="nll_out")
     return Evidence(
         verdict=Verdict.all_of(comparison.verdict for comparison in (*there, *back)),
-        headline=f"{_scope(preset)}out of distribution, perplexity against refined SparseGPT "
+        headline=f"{_scope(preset)}Out of distribution, perplexity against refined SparseGPT "
         f"{math.exp(-there[1].interval.estimate) - 1:+.1%}, the other way round "
         f"{math.exp(-back[1].interval.estimate) - 1:+.1%}",
         table=_perplexity_table(scores, preset, ("dense", *TABLE)),

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from core.errors import InvalidEvidence, InvalidInput
-from core.experiment import Evidence, Kind, Preset, Verdict, contradicts, verdict
+from core.experiment import Control, Evidence, Kind, Preset, Verdict, contradicts, verdict
 from core.metrics.statistics import binomial_interval, cluster_bootstrap_interval, t_interval
 
 NULLS = {
@@ -97,6 +97,17 @@ def test_a_method_against_itself_is_inconclusive():
     assert verdict([0.0] * 5).verdict is Verdict.INCONCLUSIVE
 
 
+def test_seeds_that_do_not_vary_decide_nothing():
+    assert verdict([0.3] * 5).verdict is Verdict.INCONCLUSIVE
+    assert verdict([0.3, 0.3, 0.3, 0.3, 0.31]).verdict is Verdict.HOLDS
+
+
+def test_a_control_of_several_parts_holds_as_soon_as_one_does():
+    good, bad = verdict([1.0, 1.1, 0.9, 1.0, 1.2]), verdict([-1.0, -1.1, -0.9, -1.0, -1.2])
+    assert Control.of("", bad, good, bad).verdict is Verdict.HOLDS
+    assert Control.of("", bad, bad).verdict is Verdict.FAILS
+
+
 def test_a_conjunction_is_decided_by_its_worst_part():
     holds, fails, unclear, not_run = Verdict.HOLDS, Verdict.FAILS, Verdict.INCONCLUSIVE, Verdict.NOT_RUN
     assert Verdict.all_of([holds, holds]) is holds
@@ -155,5 +166,5 @@ def test_an_unknown_setting_names_the_close_ones_and_a_wrong_value_its_type():
         ToyPreset(name="quick").with_values({"layer": "3"})
     with pytest.raises(InvalidInput, match="does not fit"):
         ToyPreset(name="quick").with_values({"scale": "wide"})
-    with pytest.raises(InvalidInput, match="at least 5 different seeds"):
+    with pytest.raises(InvalidInput, match="at least 5 seeds, all different"):
         ToyPreset(name="quick").with_values({"seeds": "[0, 1, 1, 1, 1]"})

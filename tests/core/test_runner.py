@@ -152,6 +152,19 @@ def test_a_second_run_skips_what_is_unchanged_and_a_change_of_anything_runs_it_a
     assert by_number(run(toy, "toymethod/1", preset="real"))[1].evidence["headline"].startswith("width 8")
 
 
+def test_a_verdict_that_is_still_true_is_shown_as_such_by_a_run_about_another_claim(toy: Path):
+    run(toy, "toymethod/8")
+    run(toy, "toymethod/1")
+    assert "an earlier run" not in (toy / "index.html").read_text()
+    run(toy, "toymethod/1", width="5")
+    assert "an earlier run" in (toy / "index.html").read_text()
+
+
+def test_a_package_named_whole_is_run_whole_whatever_stands_beside_it(toy: Path):
+    (selection,) = select(["toymethod/1", "toymethod"], ["toymethod"], "quick", {})
+    assert selection.numbers == ()
+
+
 def test_what_could_not_run_is_tried_again(toy: Path):
     assert run(toy, "toymethod/7").skipped == 0
     assert run(toy, "toymethod/7").skipped == 0
@@ -231,10 +244,11 @@ def test_requests_that_make_no_sense_are_refused_before_any_work_with_the_close_
         select([], ["toymethod"], "quick", {"widht": "3"})
     with pytest.raises(InvalidInput, match=r"preset of toymethod 'quik'\. Did you mean quick"):
         select([], ["toymethod"], "quik", {})
-    with pytest.raises(InvalidInput, match="at least 5 different seeds"):
+    with pytest.raises(InvalidInput, match="at least 5 seeds, all different"):
         select([], ["toymethod"], "quick", {}, num_seeds=3)
-    with pytest.raises(InvalidInput, match="toymethod/1"):
-        select(["toymethod/addition"], ["toymethod"], "quick", {})
+    for name in ("toymethod/addition", "toymethod/", "toymethod/²"):
+        with pytest.raises(InvalidInput, match="toymethod/1"):
+            select([name], ["toymethod"], "quick", {})
     with pytest.raises(InvalidInput, match="claim of toymethod '77'"):
         run(toy, "toymethod/77")
 

@@ -74,7 +74,7 @@ def test_prune_then_verify_then_evaluate(
         "--method", "wanda", "--output", output,
     )  # fmt: skip
     assert code == 0, said
-    assert "14 layers pruned by Wanda" in said
+    assert "14 layers pruned by wanda" in said
     assert json.loads((output / "sparsity24.json").read_text())["num_tokens"] == 256
     code, said = _run(monkeypatch, capsys, "verify", output)
     assert (code, "14 of 14" in said) == (0, True)
