@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from core.errors import InvalidInput, unknown_name
 from core.experiment import Preset
+
+# Spelt out, since naming them where they are defined would load torch; a test compares.
+LAYER_SOURCES = ("iid", "block-correlated", "low-rank", "power-law", "model")
+REFINEMENTS = ("gd", "nesterov", "cg", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,23 @@ class SparsityPreset(Preset):
     refinement: str = "gd"
     refinement_steps: int = 100
     cloze_items: int = 600
+
+    def __post_init__(self) -> None:
+        """Refuse values that no claim could use, before any work."""
+        super().__post_init__()
+        for name, value in self.values().items():
+            if isinstance(value, int) and value < 1:
+                raise InvalidInput(f"{self.name}: {name} counts something and must be at least 1; got {value}.")
+        if self.window < 2:
+            raise InvalidInput(f"{self.name}: a window of {self.window} tokens has nothing to predict; 2 is the least.")
+        for kind in self.layer_kinds:
+            if kind not in LAYER_SOURCES:
+                raise unknown_name("kind of layer", kind, LAYER_SOURCES)
+        if not self.layer_kinds or self.refinement not in REFINEMENTS:
+            raise InvalidInput(
+                f"{self.name}: name at least one kind of layer, and a refinement among {', '.join(REFINEMENTS)}; got "
+                f"{self.layer_kinds} and {self.refinement!r}."
+            )
 
 
 QUICK = SparsityPreset(name="quick")
