@@ -309,18 +309,10 @@ def _console() -> Console:
 
 
 def main() -> None:
-    """Run the command line; errors that tenfold raises on purpose are one sentence and exit code 2."""
-    from core.errors import TenfoldError
+    """Run the command line."""
+    from core.cli import run
 
-    try:
-        app()
-    except TenfoldError as error:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False).print(f"[bold red]papers:[/] {error}", soft_wrap=True)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run(app, "papers")
 
 
 if __name__ == "__main__":

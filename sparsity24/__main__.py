@@ -143,16 +143,10 @@ def _text(spec: str, split: str | None, default: str) -> LoadedData:
 
 
 def main() -> None:
-    """Run the command line; errors that tenfold raises on purpose are one sentence and exit code 2."""
-    from core.errors import TenfoldError
+    """Run the command line."""
+    from core.cli import run
 
-    try:
-        app()
-    except TenfoldError as error:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False).print(f"[bold red]sparsity24:[/] {error}", soft_wrap=True)
-        raise SystemExit(2) from error
+    run(app, "sparsity24")
 
 
 if __name__ == "__main__":
