@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsity24 import refinement
-from sparsity24.methods import Method, as_method
-from sparsity24.problem import LayerResult, ProxHistory, local_loss, prepared, relative_loss
-from sparsity24.prox import is_24, top2_mask
+from sparsity24.methods import Method, as_method, pattern_of
+from sparsity24.problem import ALONE, LayerContext, LayerResult, ProxHistory, local_loss, prepared, relative_loss
 
 __all__ = ["LayerResult", "ProxHistory", "local_loss", "prune_layer", "relative_loss"]
 
@@ -27,20 +26,23 @@ def prune_layer(
     *,
     steps: int = 20,
     tol: float = 1e-4,
+    context: LayerContext = ALONE,
     name: str = "the layer",
 ) -> LayerResult:
-    """The 2:4-sparse weight that `method` and then `refine` make of `dense`, with its loss relative to the zero weight.
+    """The sparse weight that `method` and then `refine` make of `dense`, with its loss relative to the zero weight.
 
     `method` is a name of `sparsity24.methods.METHODS` or an instance; `refine` is `none`, `gd`, `nesterov`, `cg` or
-    `exact` (see `sparsity24.refinement.refine` for `steps` and `tol`). A weight that is 2:4 already stays as it is.
-    Raises `InvalidInput` (a `ValueError`) with `name` in its message on NaN and on a width that is not a multiple of 4.
+    `exact` (see `sparsity24.refinement.refine` for `steps` and `tol`). A weight that follows the method's pattern
+    (2:4 unless it has another) already keeps its mask and is only refined, which leaves it as it is: it is its own target.
+    Raises `InvalidInput` (a `ValueError`) with `name` in its message on NaN and on a width that is not a multiple of M.
     """
     chosen = as_method(method)
     refinement.check_settings(refine, steps, tol)
-    w0, h = prepared(dense, hessian, name=name)
-    if is_24(dense):
-        return LayerResult(dense.clone(), top2_mask(dense.abs()), rel_loss=0.0)
-    pruned = chosen.prune(dense, hessian)
+    pattern = pattern_of(chosen)
+    w0, h = prepared(dense, hessian, pattern=pattern, name=name)
+    if pattern.holds(dense):
+        return LayerResult(dense.clone(), pattern.mask(dense.abs()), rel_loss=0.0)
+    pruned = chosen.prune(dense, hessian, context)
     if refine == "none":
         return pruned
     weight, info = refinement.refine(pruned.weight, pruned.mask, dense, hessian, refine, steps=steps, tol=tol)

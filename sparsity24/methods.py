@@ -16,7 +16,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from core.errors import InvalidInput, unknown_name
-from sparsity24.problem import LayerResult, ProxHistory, alive, damped, largest_eigenvalue, prepared, relative_loss
+from sparsity24.pattern import TWO_FOUR, Pattern
+from sparsity24.problem import (
+    ALONE,
+    LayerContext,
+    LayerResult,
+    ProxHistory,
+    alive,
+    damped,
+    largest_eigenvalue,
+    prepared,
+    relative_loss,
+)
 from sparsity24.prox import MAX_DENSE, prox_planes, top2_mask
 
 
@@ -28,8 +39,18 @@ class Method(Protocol):
     def name(self) -> str:
         """How reports call the method."""
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """The pruned weight and its mask, before any refinement."""
+
+
+def pattern_of(method: Method) -> Pattern:
+    """The pattern of a method's masks: its `pattern`, 2:4 where it has none."""
+    return getattr(method, "pattern", TWO_FOUR)
 
 
 def _require(truth: bool, field: str, given: object, allowed: str) -> None:
@@ -89,7 +110,12 @@ class ProxPruner:
         """`prox`."""
         return "prox"
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """The mask in which Algorithm 2 ends, and the iterate on it. Dead features get weight 0."""
         w0, h = prepared(dense, hessian)
         rows, width = w0.shape
@@ -162,7 +188,12 @@ class SparseGPT:
         """`SparseGPT`."""
         return "SparseGPT"
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """Weights with the compensation that the greedy order allows. Dead features get weight 0."""
         w0, h = prepared(dense, hessian)
         width = w0.shape[1]
@@ -206,7 +237,12 @@ class Wanda:
         """`Wanda`."""
         return "Wanda"
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """The masked dense weight."""
         return _by_score(dense, hessian, lambda w, h: w.abs() * h.diagonal().clamp_min(0).sqrt())
 
@@ -220,7 +256,12 @@ class Magnitude:
         """`magnitude`."""
         return "magnitude"
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """The masked dense weight."""
         return _by_score(dense, hessian, lambda w, _: w.abs())
 
@@ -236,7 +277,12 @@ class Random:
         """`random`."""
         return "random"
 
-    def prune(self, dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]) -> LayerResult:
+    def prune(
+        self,
+        dense: Float[Tensor, "rows width"],
+        hessian: Float[Tensor, "width width"],
+        context: LayerContext = ALONE,
+    ) -> LayerResult:
         """The masked dense weight."""
         generator = torch.Generator().manual_seed(self.seed)
         score = torch.rand(dense.shape, generator=generator)

@@ -30,12 +30,23 @@ Batch = Tensor | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned weight: its loss relative to Tr(W0 H W0^T) and the iterations of its method."""
+    """One pruned weight: where it lies, its losses relative to Tr(W0 H W0^T), and the iterations of its method.
 
-    name: str
+    `mask_rel_loss` is that of the method's own weights, `rel_loss` that after refinement. `mask_digest` is the start of the
+    SHA-256 of the places of the non-zeros.
+    """
+
+    weight: WeightRef
     shape: tuple[int, int]
+    mask_rel_loss: float
     rel_loss: float
     iterations: int
+    mask_digest: str
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return self.weight.name
 
 
 @dataclass(frozen=True)

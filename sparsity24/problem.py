@@ -6,6 +6,7 @@ L(W) = Tr((W - W0) H (W - W0)^T), with H the mean of x x^T over calibration toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from core.errors import InvalidInput
+from sparsity24.pattern import TWO_FOUR, Pattern
 from sparsity24.prox import WrongDtype
 
 
@@ -47,6 +49,25 @@ class LayerResult:
     relative_residual: float | None = None
 
 
+def _own(total: Tensor) -> Tensor:
+    return total
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a method may need beyond W0 and H.
+
+    `mean` is the mean input, for `DSnoT`. `total` sums a tensor over the processes that hold the layer's other rows, for
+    methods that split rows and look at all of them (the stopping share of `ProxPruner`); alone it changes nothing.
+    """
+
+    mean: Float[Tensor, " width"] | None = None
+    total: Callable[[Tensor], Tensor] = _own
+
+
+ALONE = LayerContext()
+
+
 def local_loss(
     weight: Float[Tensor, "rows width"], dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]
 ) -> float:
@@ -66,12 +87,16 @@ def relative_loss(
 
 
 def prepared(
-    dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"], *, name: str = "the layer"
+    dense: Float[Tensor, "rows width"],
+    hessian: Float[Tensor, "width width"],
+    *,
+    pattern: Pattern = TWO_FOUR,
+    name: str = "the layer",
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "width width"]]:
     """`dense` and the symmetrised `hessian`, both in float64 if one is, else in float32.
 
-    Raises `InvalidInput` on NaN, on infinities and on a width that is not a multiple of four, `TypeError` on weights that
-    are not real floating-point numbers; each message says `name`.
+    Raises `InvalidInput` on NaN, on infinities and on a width that is not a multiple of the pattern's M, `TypeError` on
+    weights that are not real floating-point numbers; each message says `name`.
     """
     if not dense.is_floating_point():
         raise WrongDtype(f"The weights of {name} are {dense.dtype}; real floating-point numbers are needed.")
@@ -80,10 +105,10 @@ def prepared(
             f"A weight is (rows, width) and its Hessian (width, width); {name} has {tuple(dense.shape)} and "
             f"{tuple(hessian.shape)}."
         )
-    if dense.shape[1] % 4:
+    if dense.shape[1] % pattern.m:
         raise InvalidInput(
-            f"2:4 groups run along the input axis, which must be a multiple of 4; the weight of {name} has shape "
-            f"{tuple(dense.shape)}. Leave it dense: skip=[...] names layers to leave."
+            f"{pattern} groups run along the input axis, which must be a multiple of {pattern.m}; the weight of "
+            f"{name} has shape {tuple(dense.shape)}. Leave it dense: skip=[...] names layers to leave."
         )
     for value, what in ((dense, "weights"), (hessian, "Hessian (the calibration activations)")):
         if not bool(torch.isfinite(value).all()):

@@ -254,7 +254,7 @@ def test_an_error_in_the_middle_restores_weights_hooks_and_modes() -> None:
     class Breaks(Magnitude):
         calls = 0
 
-        def prune(self, dense: Tensor, hessian: Tensor) -> Any:
+        def prune(self, dense: Tensor, hessian: Tensor, context: Any = None) -> Any:
             type(self).calls += 1
             if type(self).calls == 6:
                 raise RuntimeError("the sixth")
