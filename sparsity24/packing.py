@@ -33,7 +33,7 @@ def mask_digest(weight: Float[Tensor, "rows width"]) -> str:
 
     Minus zero counts as zero. The places are the bits of `pack_bits`, row after row.
     """
-    return hashlib.sha256(pack_bits(weight != 0).numpy()).hexdigest()[:16]
+    return hashlib.sha256(pack_bits(weight != 0).numpy().tobytes()).hexdigest()[:16]
 
 
 def pack(weight: Float[Tensor, "*batch width"], pattern: Pattern = TWO_FOUR, *, name: str = "The weight") -> Packed:
@@ -82,7 +82,8 @@ def unpack(packed: Packed, pattern: Pattern = TWO_FOUR, *, name: str = "The weig
 
 def pack_bits(mask: Bool[Tensor, "*batch width"]) -> UInt8[Tensor, "*batch bytes"]:
     """Eight entries a byte along the last axis, the first in the lowest bit, the last byte filled with zeros; on the CPU."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little"))
+    # Transposed weights give transposed bytes, whose order in memory is not that of their rows.
+    return torch.from_numpy(np.ascontiguousarray(np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little")))
 
 
 def unpack_bits(bits: UInt8[Tensor, "*batch bytes"], width: int) -> Bool[Tensor, "*batch width"]:
