@@ -1,14 +1,18 @@
-"""Calibration sequences: what the Grams are collected on (reference 3.5)."""
+"""Calibration data: random sequences of a text, and batches as the blocks take them, without padding (reference 3.5)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import InvalidInput
+
+# What a tokenizer or a processor returns, or token ids alone.
+Batch = Tensor | Mapping[str, Tensor]
 
 # About what a forward pass takes at once on a laptop without swapping.
 _BATCH_TOKENS = 4096
@@ -34,3 +38,61 @@ def random_sequences(
     starts = torch.randint(len(ids) - window + 1, (num_sequences,), generator=generator)
     sequences = torch.stack([ids[start : start + window] for start in starts.tolist()])
     return list(torch.split(sequences, max(1, _BATCH_TOKENS // window)))
+
+
+def as_inputs(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """The batches as arguments of the model's body, padding taken off, so that every token that runs counts.
+
+    Rows of unequal length become batches of equal length. Raises `InvalidInput` on empty calibration, on inputs the
+    model does not take, and on an attention mask with holes.
+    """
+    body = getattr(model, "base_model", model)
+    known = set(inspect.signature(body.forward).parameters) - {"labels", "kwargs", "args"}
+    inputs = []
+    for batch in batches:
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and key in known}
+        if not tensors:
+            raise InvalidInput(
+                f"A calibration batch is a (batch, sequence) tensor of token ids, or a mapping of what {type(body).__name__} "
+                f"takes; got the keys {sorted(given)}."
+            )
+        for key in ("input_ids", "decoder_input_ids"):
+            ids = tensors.get(key)
+            if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
+                raise InvalidInput(
+                    f"`{key}` is a (batch, sequence) tensor of token ids; got {ids.dtype} of shape {tuple(ids.shape)}."
+                )
+        inputs += _without_padding(tensors)
+    if not sum(next(iter(batch.values())).numel() for batch in inputs):
+        raise InvalidInput("Calibration is empty, or all padding: give at least one batch with tokens.")
+    return inputs
+
+
+def _without_padding(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    masks = {key: value.bool() for key, value in batch.items() if key in ("attention_mask", "decoder_attention_mask")}
+    others = {key: value for key, value in batch.items() if key not in masks}
+    if all(bool(mask.all()) for mask in masks.values()):
+        return [others] if next(iter(others.values())).numel() else []
+    rows: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
+    for row in range(len(next(iter(others.values())))):
+        spans = tuple((key, *_span(mask[row])) for key, mask in masks.items())
+        if all(start < stop for _, start, stop in spans):
+            rows.setdefault(spans, []).append(row)
+    return [{key: _cut(key, value[own], spans, masks) for key, value in others.items()} for spans, own in rows.items()]
+
+
+def _span(mask: Tensor) -> tuple[int, int]:
+    places = mask.nonzero().flatten().tolist()
+    if places and len(places) != places[-1] - places[0] + 1:
+        raise InvalidInput("An attention mask of the calibration data has holes; padding may only be at the ends.")
+    return (places[0], places[-1] + 1) if places else (0, 0)
+
+
+def _cut(key: str, value: Tensor, spans: tuple[tuple[str, int, int], ...], masks: Mapping[str, Tensor]) -> Tensor:
+    """The columns of the span of the mask that goes with `key`: the decoder's for what is the decoder's."""
+    for name, start, stop in spans:
+        own = key.startswith("decoder_") == name.startswith("decoder_")
+        if own and value.ndim >= 2 and value.shape[1] == masks[name].shape[1]:
+            return value[:, start:stop]
+    return value
