@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ def set_sink(sink: Sink | None) -> None:
     _sink = sink
 
 
+@runtime_checkable
 class Bar(Protocol):
     """One running piece of work."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from sparsity24.weights import WeightRef, expanded, matrices
 Blocks = dict[str, nn.Module]
 
 
+@runtime_checkable
 class Home(Protocol):
     """Where the blocks' weights are while they are not used."""
 

@@ -59,6 +59,9 @@ def matrices(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, dic
                 continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 key = ".".join(part for part in (name, inner, leaf) if part)
+                # A parameter that several layers share goes by the first one's name.
+                if any(parameter is other for other in own.values()):
+                    continue
                 if parameter.ndim in (2, 3) and not _routes(inner, module, parameter, num_experts):
                     own[key] = parameter
     return found

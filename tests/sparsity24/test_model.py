@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity24.calibration import random_sequences
-from sparsity24.capture import GramAccumulator, GramCapture
 from sparsity24.export import save, verify
 from sparsity24.layer import prune_layer, relative_loss
 from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
@@ -151,28 +150,6 @@ def test_what_stands_in_padded_places_has_no_effect() -> None:
         batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])
     prune_model(other, batches, "sparsegpt")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def test_the_gram_accumulator_does_not_depend_on_how_tokens_are_batched() -> None:
-    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
-    whole, parts = GramAccumulator(), GramAccumulator()
-    whole.add(x)
-    for part in x.split([1, 9, 50]):
-        parts.add(part)
-    assert parts.num_tokens == whole.num_tokens == 60
-    assert torch.allclose(parts.mean(), whole.mean(), rtol=1e-5)
-    with pytest.raises(ValueError, match="No token"):
-        GramAccumulator().mean()
-
-
-def test_capture_watches_functions_so_that_a_bare_linear_call_counts() -> None:
-    weight = torch.randn(4, 8)
-    capture, x = GramCapture({"w": weight}), torch.randn(2, 5, 8)
-    capture.batch(lambda: nn.functional.linear(x, weight), None)
-    nn.functional.linear(torch.ones(1, 8), weight)
-    rows = x.flatten(0, 1)
-    assert torch.allclose(capture.grams["w"].mean(), rows.T @ rows / 10, rtol=1e-5)
-    assert capture.groups == [("w",)]
 
 
 def test_skipped_layers_stay_dense_and_are_listed() -> None:
