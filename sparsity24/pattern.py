@@ -43,9 +43,9 @@ class Pattern:
         """True at the `n` largest scores of every group of the last dimension; equal scores go to the lower index."""
         if (self.n, self.m) == (2, 4):
             return top2_mask(score)
-        order = self._groups(score).argsort(-1, descending=True, stable=True)
+        order = self._groups(score).argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(order, dtype=torch.bool)
-        return kept.scatter_(-1, order[..., : self.n], True).view(score.shape)
+        return kept.scatter_(-1, order[..., : self.n], True).reshape(score.shape)
 
     def share(self, weight: Float[Tensor, "*batch width"]) -> float:
         """The share of groups that follow the pattern; 1 for a weight without groups."""

@@ -6,6 +6,8 @@ L(W) = Tr((W - W0) H (W - W0)^T), with H the mean of x x^T over calibration toke
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +26,8 @@ class ProxHistory:
 
     `final_iterate` is W before the projection onto 2:4. `steps_promised` is the number of iterations after which the
     threshold of the proximal operator makes every group 2:4, from the smallest of the largest magnitudes that a group had
-    on the way; None when lambda does not grow.
+    on the way; None when lambda does not grow. Where the rows are split over processes, `share_24` counts all of them,
+    `steps_promised` looks at the process' own.
     """
 
     lams: tuple[float, ...]
@@ -35,7 +38,7 @@ class ProxHistory:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A pruned weight, its mask (exactly two kept places a group), and its loss relative to that of the zero weight.
+    """A pruned weight, its mask (exactly N kept places in M), and its loss relative to that of the zero weight.
 
     `iterations` counts the method's own steps (0 where it has none). `relative_residual` is that of the refinement, None
     without one.
@@ -58,11 +61,18 @@ class LayerContext:
     """What a method may need beyond W0 and H.
 
     `mean` is the mean input, for `DSnoT`. `total` sums a tensor over the processes that hold the layer's other rows, for
-    methods that split rows and look at all of them (the stopping share of `ProxPruner`); alone it changes nothing.
+    methods that split rows and look at all of them (the stopping share of `ProxPruner`); alone it changes nothing. All
+    processes must call it equally often.
     """
 
     mean: Float[Tensor, " width"] | None = None
     total: Callable[[Tensor], Tensor] = _own
+
+    def sum(self, value: float, device: torch.device) -> float:
+        """A number summed over all processes; `device` is where `total` wants its tensor."""
+        if self.total is _own:
+            return value
+        return float(self.total(torch.tensor(value, dtype=torch.float64, device=device)))
 
 
 ALONE = LayerContext()
@@ -90,13 +100,13 @@ def prepared(
     dense: Float[Tensor, "rows width"],
     hessian: Float[Tensor, "width width"],
     *,
-    pattern: Pattern = TWO_FOUR,
+    pattern: Pattern | None = TWO_FOUR,
     name: str = "the layer",
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "width width"]]:
     """`dense` and the symmetrised `hessian`, both in float64 if one is, else in float32.
 
-    Raises `InvalidInput` on NaN, on infinities and on a width that is not a multiple of the pattern's M, `TypeError` on
-    weights that are not real floating-point numbers; each message says `name`.
+    Raises `InvalidInput` on NaN, on infinities and on a width that is not a multiple of the pattern's M (any width will do
+    without one), `TypeError` on weights that are not real floating-point numbers; each message says `name`.
     """
     if not dense.is_floating_point():
         raise WrongDtype(f"The weights of {name} are {dense.dtype}; real floating-point numbers are needed.")
@@ -105,7 +115,7 @@ def prepared(
             f"A weight is (rows, width) and its Hessian (width, width); {name} has {tuple(dense.shape)} and "
             f"{tuple(hessian.shape)}."
         )
-    if dense.shape[1] % pattern.m:
+    if pattern is not None and dense.shape[1] % pattern.m:
         raise InvalidInput(
             f"{pattern} groups run along the input axis, which must be a multiple of {pattern.m}; the weight of "
             f"{name} has shape {tuple(dense.shape)}. Leave it dense: skip=[...] names layers to leave."
@@ -129,6 +139,30 @@ def damped(hessian: Float[Tensor, "width width"], damping: float) -> Float[Tenso
     return result
 
 
+def definite(
+    hessian: Float[Tensor, "width width"], damping: float, *, slack: float = 0.0
+) -> tuple[Float[Tensor, "width width"], Float[Tensor, "width width"]]:
+    """`damped(H, d)` with the least d on the ladder damping, 10 damping, 100 damping, ... that has a Cholesky factor, and
+    the lower factor of `damped(H, d + slack)`.
+
+    With a slack, eigenvalues as low as -slack * mean(diag H) pass. A warning says when d is not `damping`. Raises
+    `InvalidInput` where no d up to 1e7 times the setting helps: H then is no mean of x x^T.
+    """
+    for attempt in range(8):
+        used = max(damping, 1e-6 * (attempt > 0)) * 10**attempt
+        metric = damped(hessian, used)
+        factor, failed = torch.linalg.cholesky_ex(damped(hessian, used + slack) if slack else metric)
+        if not bool(failed) and bool(torch.isfinite(factor.diagonal()).all()):
+            if attempt:
+                warnings.warn(
+                    f"A Hessian of width {len(hessian)} is not positive definite with damping {damping:g}; {used:g} is "
+                    "used. Calibrate on more tokens, or in float32.",
+                    stacklevel=3,
+                )
+            return metric, factor
+    raise InvalidInput("The Hessian is not positive semi-definite: no damping up to 1e7 times the setting makes it so.")
+
+
 def alive(hessian: Float[Tensor, "width width"]) -> Bool[Tensor, "width"]:
     """The features that were ever non-zero: H_jj > 0."""
     return hessian.diagonal() > 0
@@ -146,3 +180,31 @@ def largest_eigenvalue(matrix: Float[Tensor, "width width"], num_steps: int = 10
         x = matrix @ x
         x /= x.norm().clamp_min(torch.finfo(x.dtype).tiny)
     return 1.02 * float(x @ (matrix @ x)) or 1.0
+
+
+def result_of(
+    weight: Float[Tensor, "rows width"],
+    mask: Bool[Tensor, "rows width"],
+    dense: Float[Tensor, "rows width"],
+    w0: Float[Tensor, "rows width"],
+    hessian: Float[Tensor, "width width"],
+    *,
+    iterations: int = 0,
+    history: ProxHistory | None = None,
+) -> LayerResult:
+    """The result of a method: `weight` in the dtype of `dense`, and the loss that it has there."""
+    # A product with a mask can leave -0.0.
+    weight = (weight + 0.0).to(dense.dtype)
+    return LayerResult(weight, mask, relative_loss(weight, w0, hessian), iterations, history)
+
+
+def check_setting(truth: bool, field: str, given: object, allowed: str) -> None:
+    """Refuse a setting: `field` must be `allowed`; got `given`."""
+    if not truth:
+        raise InvalidInput(f"`{field}` must be {allowed}; got {given}.")
+
+
+def check_at_least(least: float, **settings: float) -> None:
+    """Refuse settings that are not finite or below `least`."""
+    for field, value in settings.items():
+        check_setting(math.isfinite(value) and value >= least, field, value, f"a finite number of at least {least:g}")

@@ -59,11 +59,17 @@ def refine(
     `gd` takes the paper's gradient steps of length 1/L; `nesterov` and `cg` work in the metric of diag(H); `exact` solves
     every row by Cholesky factorisation and ignores `steps`. Iterations end early at a relative residual of `tol`. No
     row's loss rises: a row that rounding or momentum would leave worse keeps its start. Raises `InvalidInput` on NaN, on
-    an unknown `how` and on negative `steps`.
+    shapes that differ, on an unknown `how` and on negative `steps`.
     """
     check_settings(how, steps, tol)
     solvers: dict[str, Solver] = {"gd": _gradient, "nesterov": _nesterov, "cg": _conjugate_gradient, "exact": _exact}
-    w0, h = prepared(dense, hessian)
+    w0, h = prepared(dense, hessian, pattern=None)
+    if weight.shape != dense.shape or mask.shape != dense.shape:
+        raise InvalidInput(
+            f"Weight, mask and target have one shape; got {tuple(weight.shape)}, {tuple(mask.shape)} and {tuple(dense.shape)}."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise InvalidInput("The weights to refine hold NaN or infinite values.")
     # V = W D and A = D^-1 H D^-1 with D = diag(H)^(1/2): Jacobi preconditioning, once and for all.
     scale = h.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
