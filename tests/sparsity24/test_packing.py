@@ -19,7 +19,7 @@ from sparsity24.packing import Packed, mask_digest, pack, unpack
 from sparsity24.pattern import TWO_FOUR, Pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PATTERNS = (TWO_FOUR,)
+PATTERNS = (TWO_FOUR, Pattern(1, 2), Pattern(4, 8), Pattern(1, 4), Pattern(2, 3))
 
 
 def _bits(x: Tensor) -> Tensor:
