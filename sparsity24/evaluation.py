@@ -89,6 +89,33 @@ class TextPerplexity:
         return f"{name} {found.value:.3f} over {count} of {found.window} tokens ({how}) of {self.text}"
 
 
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text that several models of one tokenizer are scored on: its tokens, and what to say of it."""
+
+    ids: list[int]
+    protocol: str
+    provenance: str
+    max_windows: int | None
+
+    def perplexity(
+        self, lm: CausalLM, *, window: int | None = None, stride: int | None = None, max_windows: int | None = None
+    ) -> TextPerplexity:
+        """The perplexity of `lm` on it; the arguments are those of `perplexity_on`."""
+        limit = self.max_windows if max_windows is None else max_windows
+        measured = lm.perplexity(self.ids, window=window, stride=stride, max_windows=limit)
+        return TextPerplexity(measured, self.protocol, self.provenance, cut=max_windows is not None)
+
+
+def tokenized(lm: CausalLM, data: str, split: str | None = None, *, protocol: str | None = None) -> TokenizedText:
+    """The text of a data set by the protocol that its name has, or by `protocol`, tokenised once."""
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise unknown_name("perplexity protocol", protocol, PROTOCOLS)
+    rules = PROTOCOLS.get(protocol or data, AS_IT_STANDS)
+    loaded = load_text(data, split, default=rules.split)
+    return TokenizedText(lm.encode(rules.text(loaded)), rules.name, loaded.provenance, rules.max_windows)
+
+
 def perplexity_on(
     lm: CausalLM,
     data: str,
@@ -106,13 +133,8 @@ def perplexity_on(
     folder. `split` None is the protocol's; a set without splits is taken whole. `window` None is 2048 or the model's
     context, whichever is less. `stride` and `max_windows` depart from the protocol, and the result says so.
     """
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise unknown_name("perplexity protocol", protocol, PROTOCOLS)
-    rules = PROTOCOLS.get(protocol or data, AS_IT_STANDS)
-    loaded = load_text(data, split, default=rules.split)
-    limit = rules.max_windows if max_windows is None else max_windows
-    measured = lm.perplexity(rules.text(loaded), window=window, stride=stride, max_windows=limit)
-    return TextPerplexity(measured, rules.name, loaded.provenance, cut=max_windows is not None)
+    text = tokenized(lm, data, split, protocol=protocol)
+    return text.perplexity(lm, window=window, stride=stride, max_windows=max_windows)
 
 
 def wikitext2_perplexity(lm: CausalLM, *, window: int | None = None) -> TextPerplexity:

@@ -1,0 +1,270 @@
+"""What `compare` shows: figures in the house style, one self-contained page, and the tables as CSV and Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from core.files import write_atomic
+from core.plots import COLORS, figure, to_svg
+from core.report import Section, render_page
+from core.typeset import numbers
+from sparsity24.comparison import DENSE
+from sparsity24.evaluation import PROTOCOLS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sparsity24.comparison import Comparison
+
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
+_ROW_HEIGHT = 0.28
+
+
+def write_page(comparison: Comparison, output_dir: Path) -> Path:
+    """Write the page and its tables into a folder; the path of the page."""
+    page = output_dir / "index.html"
+    shown = shown_table(comparison)
+    write_atomic(output_dir / "table.csv", comparison.table().to_csv(index=False))
+    write_atomic(output_dir / "layers.csv", comparison.layer_table().to_csv(index=False))
+    write_atomic(output_dir / "table.md", f"{_markdown(shown)}\n{_conditions(comparison)}\n")
+    write_atomic(page, render(comparison))
+    return page
+
+
+def render(comparison: Comparison) -> str:
+    """The page as HTML."""
+    draws = len({run.draw for run in comparison.runs})
+    sections = [
+        Section("Results", _reading(comparison, draws), shown_table(comparison)),
+        Section(
+            "Perplexity",
+            "",
+            figures={
+                f"A dot a calibration draw, a bar at their mean. {_window(comparison)}": to_svg(
+                    perplexities(comparison)
+                )
+            },
+        ),
+        Section(
+            "Relative loss of the layers",
+            "The error of a layer's output relative to that of the zero weight, on the calibration inputs that the pruned "
+            "blocks before it give; after refinement where there is one. Every layer's value is in layers.csv.",
+            figures={
+                "Left: mean over blocks and draws. Right: mean over the layers of a block.": to_svg(losses(comparison))
+            },
+        ),
+        Section(
+            "Time",
+            f"Measured on {comparison.settings['device']}; forward passes and Grams are about the same for every recipe "
+            "and are left out here.",
+            figures={"Time in the methods and the refinements, against perplexity.": to_svg(times(comparison))},
+        ),
+        Section("Settings", _conditions(comparison)),
+    ]
+    intro = (
+        "Every recipe pruned the same dense model to the same pattern, block by block, on the same calibration draws. A "
+        "recipe is a method, followed by the refinement of the weights it kept."
+    )
+    return render_page(f"{len(comparison.recipes)} ways to prune one model", intro, sections)
+
+
+def shown_table(comparison: Comparison) -> pd.DataFrame:
+    """The table as a reader wants it: estimates with their intervals in one cell, ratios in per cent."""
+    found = comparison.table()
+    shown: dict[str, Sequence[Any]] = {"recipe": found["recipe"].tolist()}
+    for text in comparison.texts:
+        shown[f"perplexity, {_label(text)}"] = found[f"perplexity {text}"].tolist()
+        if f"log ratio {text}" in found:
+            cells = [found.get(f"{part} {text}", [math.nan] * len(found)) for part in ("log ratio", "low", "high")]
+            which = f", {_label(text)}" if len(comparison.texts) > 1 else ""
+            shown[f"against {comparison.reference}{which}"] = [_ratio(*row) for row in zip(*cells, strict=True)]
+    names = {
+        "mask_rel_loss": "layer loss of the mask",
+        "rel_loss": "layer loss in the end",
+        "cloze accuracy": "cloze accuracy",
+        "cloze log-likelihood": "cloze log-likelihood",
+        "solve_s": "solve, s",
+        "total_s": "in all, s",
+    }
+    for name, label in names.items():
+        if name in found:
+            shown[label] = [None if math.isnan(value) else value for value in found[name]]
+    return pd.DataFrame(shown, dtype=object)
+
+
+def perplexities(comparison: Comparison) -> Figure:
+    """Perplexity by recipe on every text: a dot a draw, a bar at the mean, the dense model as a line."""
+    texts, recipes = comparison.texts, comparison.recipes
+    made, axes = figure(max(6.4, 3.2 * len(texts) + 1.5), 1.1 + _ROW_HEIGHT * len(recipes), ncols=len(texts))
+    for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
+        values = {recipe: [math.exp(run.nll[text]) for run in comparison.of(recipe)] for recipe in recipes}
+        dense = math.exp(comparison.dense.nll[text])
+        for position, recipe in enumerate(recipes):
+            mean = math.exp(np.mean(np.log(values[recipe])))
+            ax.plot(values[recipe], [position] * len(values[recipe]), "o", color=COLORS[0], alpha=0.55, markersize=5)
+            ax.plot([mean, mean], [position - 0.32, position + 0.32], color=COLORS[1], linewidth=2)
+        ax.axvline(dense, color="black", linewidth=1, linestyle="--")
+        ax.text(dense, 1.01, "dense", transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+        _maybe_log(ax, "x", [dense, *(value for found in values.values() for value in found)])
+        ax.set(xlabel=f"perplexity, {_label(text)}", ylim=(len(recipes) - 0.4, -0.6))
+        ax.grid(axis="x", color="black", alpha=0.12, linewidth=0.8)
+        ax.set_yticks(range(len(recipes)), recipes if text == texts[0] else [""] * len(recipes))
+    return made
+
+
+def losses(comparison: Comparison) -> Figure:
+    """Relative loss by kind of layer, and by block: a line a recipe."""
+    names = comparison.layer_table()["layer"].tolist()
+    kinds = [kind_of(name) for name in names]
+    blocks = [block_of(name) for name in names]
+    made, axes = figure(9.0, 4.2, ncols=2)
+    panels = ((axes[0], kinds, "kind of layer"), (axes[1], blocks, "block"))
+    for ax, labels, title in panels:
+        order = list(dict.fromkeys(labels))
+        for index, recipe in enumerate(comparison.recipes):
+            means = [_group_mean(comparison.layer_losses(recipe), labels, label) for label in order]
+            style = index // len(COLORS) % len(_LINES)
+            ax.plot(
+                range(len(order)),
+                means,
+                _LINES[style],
+                marker=_MARKERS[style],
+                markersize=4,
+                linewidth=1.3,
+                color=COLORS[index % len(COLORS)],
+                label=recipe,
+            )
+        ax.set_yscale("log")
+        ax.set_xlabel(title)
+        if len(order) <= 12:
+            ax.set_xticks(
+                range(len(order)),
+                order,
+                rotation=35 if title != "block" else 0,
+                ha="right" if title != "block" else "center",
+            )
+        _plain_ticks(ax, "y")
+    axes[0].set_ylabel("relative loss")
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return made
+
+
+def times(comparison: Comparison) -> Figure:
+    """Time in the methods and refinements against perplexity on the first text, labelled beside the points."""
+    text = comparison.texts[0]
+    table = comparison.table()
+    table = table[table["recipe"] != DENSE].sort_values(f"perplexity {text}", ascending=False)
+    x, y = table["solve_s"].to_numpy(), table[f"perplexity {text}"].to_numpy()
+    made, ax = figure(7.2, max(3.4, 1.0 + 0.24 * len(table)))
+    ax.plot(x, y, "o", color=COLORS[0])
+    ax.set(xscale="log", xlabel="time in methods and refinements, s", ylabel=f"perplexity, {_label(text)}")
+    _maybe_log(ax, "y", y.tolist())
+    _plain_ticks(ax, "x")
+    # Names stand in one column, from the highest to the lowest, so that none covers another.
+    heights = np.linspace(0.97, 0.03, len(table)) if len(table) > 1 else [0.5]
+    for name, left, height, value in zip(table["recipe"], x, heights, y, strict=True):
+        ax.annotate(
+            name,
+            (left, value),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": COLORS[5], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
+    return made
+
+
+def kind_of(layer: str) -> str:
+    """What a layer is called without its place: `q_proj` of `model.layers.3.self_attn.q_proj`."""
+    return re.sub(r"\[\d+\]$", "", layer).rpartition(".")[2]
+
+
+def block_of(layer: str) -> str:
+    """The number of a layer's block: the first number in its name."""
+    found = re.search(r"\d+", layer)
+    return found[0] if found else ""
+
+
+def _group_mean(values: Any, labels: Sequence[str], label: str) -> float:
+    return float(np.mean([value for value, own in zip(values, labels, strict=True) if own == label]))
+
+
+def _maybe_log(ax: Any, axis: str, values: Sequence[float]) -> None:
+    if max(values) > 4 * min(values):
+        ax.set(**{f"{axis}scale": "log"})
+        _plain_ticks(ax, axis)
+
+
+def _plain_ticks(ax: Any, axis: str) -> None:
+    """Numbers such as 0.02 in place of powers of ten, about half a dozen of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    which = ax.xaxis if axis == "x" else ax.yaxis
+    which.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    which.set_minor_formatter(NullFormatter())
+
+
+def _ratio(estimate: float, low: float, high: float) -> str:
+    if math.isnan(estimate):
+        return "–"
+    centre = _percent(estimate)
+    return centre if math.isnan(low) else f"{centre} [{_percent(low)}, {_percent(high)}]"
+
+
+def _percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(log_ratio):+.1f} %".replace("-", "−")
+
+
+def _label(text: str) -> str:
+    return PROTOCOLS[text].name if text in PROTOCOLS else text.removeprefix("embedded:corpus:")
+
+
+def _window(comparison: Comparison) -> str:
+    windows = ", ".join(f"{_label(text)} {count}" for text, count in comparison.dense.num_windows.items())
+    return f"Windows of {comparison.settings['window']} tokens: {windows}."
+
+
+def _reading(comparison: Comparison, draws: int) -> str:
+    reading = (
+        f"Perplexity and layer losses are means over {draws} calibration draw{'' if draws == 1 else 's'}. "
+        f"{_window(comparison)} A layer loss is relative to that of the zero weight, mean over the layers."
+    )
+    if len(comparison.recipes) > 1:
+        reading += f" The change against {comparison.reference} is that of perplexity; below zero is better"
+        reading += (
+            "; in brackets a 95 % t-interval over the draws." if draws >= 3 else "; an interval needs three draws."
+        )
+    if comparison.settings["cloze_items"]:
+        reading += " The cloze task asks which of four endings belongs to a passage: chance is 0.25."
+    return reading
+
+
+def _conditions(comparison: Comparison) -> str:
+    settings = comparison.settings
+    skipped = f" Left dense: {', '.join(settings['skip'])}." if settings["skip"] else ""
+    cut = "" if settings["max_windows"] is None else f" At most {settings['max_windows']} windows of each text."
+    return (
+        f"Model: {settings['model']}.\n\nCalibration: {settings['num_sequences']} sequences of "
+        f"{settings['calibration_window']} tokens from random places of {settings['calibration']}.{skipped}\n\n"
+        f"Perplexity: {'; '.join(settings['texts'].values())}. {_window(comparison)}{cut}\n\n"
+        f"Versions: {', '.join(f'{name} {version}' for name, version in settings['versions'].items())}."
+    )
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    columns = [
+        column if any(isinstance(cell, str) for cell in column) else numbers(column)
+        for column in (table[name].tolist() for name in table.columns)
+    ]
+    lines = [list(map(str, table.columns)), ["---"] * len(columns), *(list(row) for row in zip(*columns, strict=True))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
