@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.errors import InvalidInput
 from core.progress import track
 from sparsity24.capture import Use, WeightWatch
-from sparsity24.weights import WeightRef, expanded, matrices
+from sparsity24.weights import WeightRef, check_finite, expanded, matrices
 
 Blocks = dict[str, nn.Module]
 
@@ -26,15 +26,15 @@ Blocks = dict[str, nn.Module]
 class Home(Protocol):
     """Where the blocks' weights are while they are not used."""
 
-    def resident(self, name: str) -> AbstractContextManager[Any]:
-        """A context in which the weights of a block can be used and changed."""
+    def resident(self, name: str, *, dense: bool) -> AbstractContextManager[Any]:
+        """A context in which a block's weights can be used: those it had at first if `dense`, else what they have become."""
 
 
 class InMemory:
     """The blocks are in memory, all the time."""
 
-    def resident(self, name: str) -> AbstractContextManager[Any]:
-        """Nothing to do."""
+    def resident(self, name: str, *, dense: bool) -> AbstractContextManager[Any]:
+        """Nothing to do: they are as they are."""
         return nullcontext()
 
 
@@ -45,7 +45,7 @@ class OnDevice:
         self._blocks, self._device = blocks, device
 
     @contextmanager
-    def resident(self, name: str) -> Iterator[None]:
+    def resident(self, name: str, *, dense: bool) -> Iterator[None]:
         """The block is on the device, and afterwards where it was."""
         block = self._blocks[name]
         home = next(block.parameters()).device
@@ -181,10 +181,9 @@ def survey(model: nn.Module, home: Home, inputs: Mapping[str, Tensor]) -> Survey
     stacks = find_stacks(model)
     everything = {name: block for stack in stacks for name, block in stack.items()}
     recorder = _Recorder(everything, outputs=True)
-    with recorder, _resident_when_called(home, everything):
+    with recorder, _resident_when_called(home, everything, dense=True):
         _run(model, inputs)
     ran = tuple(stack for stack in stacks if any(recorder.calls[name] for name in stack))
-    parameters = matrices(model, everything)
     groups: dict[str, list[tuple[WeightRef, ...]]] = {}
     only_hidden, in_tuple = [], []
     for stack in ran:
@@ -192,8 +191,11 @@ def survey(model: nn.Module, home: Home, inputs: Mapping[str, Tensor]) -> Survey
         outputs = [recorder.outputs[name][0] for name in stack]
         hidden = calls[0].hidden
         for call, (name, block) in zip(calls, track(list(stack.items()), "Looking at the blocks"), strict=True):
-            with home.resident(name):
-                groups[name], hidden = _watched(parameters[name], block, call, hidden)
+            with home.resident(name, dense=True):
+                # Looked up here, since a weight that comes and goes is another object each time.
+                parameters = matrices(model, {name: block})[name]
+                check_finite(parameters)
+                groups[name], hidden = _watched(parameters, block, call, hidden)
         if not torch.isfinite(hidden).all():
             raise InvalidInput("The dense model gives NaN or infinite activations on the first calibration sequence.")
         expected = _first(outputs[-1])
@@ -258,7 +260,7 @@ def record(model: nn.Module, home: Home, seen: Survey, number: int, batches: Seq
     running = {name: block for name, block in seen.blocks.items() if stand_in is None or name not in stack.blocks}
     for batch in track(batches, "Recording calls") if len(batches) > 8 else batches:
         recorder = _Recorder(stack.blocks, stop=True)
-        with recorder, _replaced(stack.blocks, stand_in), _resident_when_called(home, running):
+        with recorder, _replaced(stack.blocks, stand_in), _resident_when_called(home, running, dense=False):
             _run(model, batch)
         calls = recorder.once(stack.blocks)
         stack.calls.append(calls)
@@ -312,7 +314,7 @@ class _Recorder:
 
 
 @contextmanager
-def _resident_when_called(home: Home, blocks: Blocks) -> Iterator[None]:
+def _resident_when_called(home: Home, blocks: Blocks, *, dense: bool) -> Iterator[None]:
     """Blocks that are called by the model itself get their weights, and their inputs beside them, for the call."""
     if isinstance(home, InMemory):
         yield
@@ -325,7 +327,7 @@ def _resident_when_called(home: Home, blocks: Blocks) -> Iterator[None]:
                 block: nn.Module, args: Any, kwargs: Any, name: str = name
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 opened = handles.enter_context(ExitStack())
-                opened.enter_context(home.resident(name))
+                opened.enter_context(home.resident(name, dense=dense))
                 inside[name] = opened, Call(args, kwargs).hidden.device
                 moved: tuple[tuple[Any, ...], dict[str, Any]] = to_device(
                     (args, kwargs), next(block.parameters()).device

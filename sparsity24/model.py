@@ -250,7 +250,7 @@ def prune_blocks(
             num_tokens += stack.num_tokens
             dense = replace(stack, hidden=list(stack.hidden)) if job.target_mix else None
             for index, (name, block) in enumerate(blocks.items()):
-                with home.resident(name):
+                with home.resident(name, dense=True):
                     parameters = {f"{name}.{key}": value for key, value in block.named_parameters()}
                     reports, seconds = _one_block(
                         stack,

@@ -82,7 +82,7 @@ def _routes(name: str, module: nn.Module, parameter: Tensor, num_experts: set[in
 
 
 def check_real(parameters: Mapping[str, Tensor]) -> None:
-    """Refuse weights that cannot be pruned as they are: quantised, on the meta device, sharded, NaN or infinite."""
+    """Refuse weights that cannot be pruned as they are: quantised, on the meta device, sharded over devices."""
     from torch.distributed.tensor import DTensor
 
     for name, weight in parameters.items():
@@ -96,6 +96,11 @@ def check_real(parameters: Mapping[str, Tensor]) -> None:
                 f"`{name}` holds {weight.dtype} on {weight.device}: load the model with real floating-point weights, or "
                 "stream it from its files with prune_checkpoint."
             )
+
+
+def check_finite(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights with NaN or infinite entries."""
+    for name, weight in parameters.items():
         if not torch.isfinite(weight).all():
             raise InvalidInput(f"The weight `{name}` has NaN or infinite entries.")
 
