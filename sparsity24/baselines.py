@@ -238,7 +238,7 @@ class DSnoT:
         drop = torch.where(mask & (toward < 0), wanda_score(w0, h), torch.inf)
         # Nothing can be revived where nothing can be dropped.
         m = self.pattern.m
-        groups, choices = (score.view(len(w0), -1, m) for score in (drop, revive))
+        groups, choices = (score.view(len(w0), w0.shape[1] // m, m) for score in (drop, revive))
         choices[groups.amin(2) == torch.inf] = -torch.inf
         rows, cycles = (error > self.threshold).nonzero().squeeze(1), 0
         while len(rows) and cycles < self.max_cycles:

@@ -64,7 +64,7 @@ class Pattern:
                 f"{self} groups run along the last dimension, which must be a multiple of {self.m}; got shape "
                 f"{tuple(x.shape)}."
             )
-        return x.reshape(*x.shape[:-1], -1, self.m)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.m, self.m)
 
 
 TWO_FOUR = Pattern(2, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsity24.methods import Wanda
+from sparsity24.pattern import Pattern
 from sparsity24.problem import largest_eigenvalue, local_loss
 from sparsity24.prox import top2_mask
 from sparsity24.refinement import refine
@@ -128,3 +131,33 @@ def test_weights_of_features_that_were_never_seen_stay() -> None:
 def test_a_negative_number_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="steps"):
         refine(*_problem("iid"), "cg", steps=-1)
+
+
+def test_masks_of_any_pattern_and_width_are_refined() -> None:
+    layer = synthetic_layer("low-rank", rows=5, width=18 + 6, seed=1)
+    dense, hessian = layer.weight.double()[:, :21], layer.hessian.double()[:21, :21]
+    mask = Pattern(1, 3).mask(dense.abs())
+    found, _ = refine(dense * mask, mask, dense, hessian, "cg", steps=200, tol=1e-10)
+    assert torch.allclose(found, _literal_exact(mask, dense, hessian), atol=1e-8)
+
+
+def test_other_shapes_and_nan_are_refused() -> None:
+    weight, mask, dense, hessian = _problem("iid")
+    # Without the tests' own check of annotations.
+    with pytest.raises(ValueError, match="one shape"):
+        inspect.unwrap(refine)(weight[:3], mask[:3], dense, hessian)
+    for argument in range(4):
+        given = [weight.clone(), mask, dense.clone(), hessian.clone()]
+        if argument != 1:
+            given[argument][0, 0] = torch.nan
+            with pytest.raises(ValueError, match="NaN"):
+                refine(*given)
+
+
+def test_half_precision_is_refined_in_single_and_comes_back_in_half() -> None:
+    weight, mask, dense, hessian = _problem("low-rank")
+    for dtype in (torch.bfloat16, torch.float16):
+        found, _ = refine(weight.to(dtype), mask, dense.to(dtype), hessian.float(), "cg", steps=100)
+        expected = _literal_exact(mask, dense.to(dtype).double(), hessian)
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), expected, rtol=1e-2, atol=1e-2)
