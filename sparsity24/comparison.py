@@ -344,8 +344,8 @@ class _Bench:
         loaded = load_text(calibration, calibration_split, default="train")
         prepared = {text: tokenized(lm, text) for text in texts}
         context = lm.context_length or 2048
-        sizes = {"calibration_window": calibration_window, "window": window}
-        sizes = {name: min(2048, context) if size is None else size for name, size in sizes.items()}
+        given = {"calibration_window": calibration_window, "window": window}
+        sizes = {name: min(2048, context) if size is None else size for name, size in given.items()}
         for name, size in sizes.items():
             if not 2 <= size <= context:
                 raise InvalidInput(f"{name} must be from 2 tokens to the model's context, {context}; got {size}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
-_ROW_HEIGHT = 0.28
 
 
 def write_page(comparison: Comparison, output_dir: Path) -> Path:
@@ -42,36 +41,44 @@ def write_page(comparison: Comparison, output_dir: Path) -> Path:
 def render(comparison: Comparison) -> str:
     """The page as HTML."""
     draws = len({run.draw for run in comparison.runs})
+    table = shown_table(comparison)
+    split = 1 + next(
+        i for i, name in reversed(list(enumerate(table.columns))) if "perplexity" in name or "against" in name
+    )
+    details = table.iloc[1:, [0, *range(split, len(table.columns))]]
+    plots = {_label(text): perplexities(comparison, text) for text in comparison.texts}
     sections = [
-        Section("Results", _reading(comparison, draws), shown_table(comparison)),
         Section(
             "Perplexity",
-            "",
-            figures={
-                f"A dot a calibration draw, a bar at their mean. {_window(comparison)}": to_svg(
-                    perplexities(comparison)
-                )
+            _reading(comparison, draws),
+            table.iloc[:, :split],
+            {
+                f"Perplexity on {name}: a dot a calibration draw, a bar at their mean.": to_svg(plot)
+                for name, plot in plots.items()
             },
         ),
         Section(
-            "Relative loss of the layers",
-            "The error of a layer's output relative to that of the zero weight, on the calibration inputs that the pruned "
-            "blocks before it give; after refinement where there is one. Every layer's value is in layers.csv.",
-            figures={
-                "Left: mean over blocks and draws. Right: mean over the layers of a block.": to_svg(losses(comparison))
+            "Layers",
+            "The loss of a layer is the error of its output relative to that of the zero weight, on the calibration inputs "
+            "that the pruned blocks before it give. In the table: mean over the layers, of the method's own weights and of "
+            "those after refinement. Every layer's value is in layers.csv." + _about_cloze(comparison),
+            details,
+            {
+                "By kind of layer, mean over blocks and draws.": to_svg(losses(comparison, kind_of, "kind of layer")),
+                "By block, mean over its layers and draws.": to_svg(losses(comparison, block_of, "block")),
             },
         ),
         Section(
             "Time",
-            f"Measured on {comparison.settings['device']}; forward passes and Grams are about the same for every recipe "
-            "and are left out here.",
+            f"Measured on {comparison.settings['device']}. Forward passes and Grams, about the same for every recipe, count "
+            "in the table's last column only.",
             figures={"Time in the methods and the refinements, against perplexity.": to_svg(times(comparison))},
         ),
         Section("Settings", _conditions(comparison)),
     ]
     intro = (
-        "Every recipe pruned the same dense model to the same pattern, block by block, on the same calibration draws. A "
-        "recipe is a method, followed by the refinement of the weights it kept."
+        "Every recipe pruned the same dense model, block by block, on the same calibration draws. A recipe is a method, "
+        "followed by the refinement of the weights it kept."
     )
     return render_page(f"{len(comparison.recipes)} ways to prune one model", intro, sections)
 
@@ -87,10 +94,10 @@ def shown_table(comparison: Comparison) -> pd.DataFrame:
             which = f", {_label(text)}" if len(comparison.texts) > 1 else ""
             shown[f"against {comparison.reference}{which}"] = [_ratio(*row) for row in zip(*cells, strict=True)]
     names = {
-        "mask_rel_loss": "layer loss of the mask",
-        "rel_loss": "layer loss in the end",
-        "cloze accuracy": "cloze accuracy",
-        "cloze log-likelihood": "cloze log-likelihood",
+        "mask_rel_loss": "loss, mask",
+        "rel_loss": "loss, refined",
+        "cloze accuracy": "cloze, accuracy",
+        "cloze log-likelihood": "log-likelihood",
         "solve_s": "solve, s",
         "total_s": "in all, s",
     }
@@ -100,60 +107,50 @@ def shown_table(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(shown, dtype=object)
 
 
-def perplexities(comparison: Comparison) -> Figure:
-    """Perplexity by recipe on every text: a dot a draw, a bar at the mean, the dense model as a line."""
-    texts, recipes = comparison.texts, comparison.recipes
-    made, axes = figure(max(6.4, 3.2 * len(texts) + 1.5), 1.1 + _ROW_HEIGHT * len(recipes), ncols=len(texts))
-    for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
-        values = {recipe: [math.exp(run.nll[text]) for run in comparison.of(recipe)] for recipe in recipes}
-        dense = math.exp(comparison.dense.nll[text])
-        for position, recipe in enumerate(recipes):
-            mean = math.exp(np.mean(np.log(values[recipe])))
-            ax.plot(values[recipe], [position] * len(values[recipe]), "o", color=COLORS[0], alpha=0.55, markersize=5)
-            ax.plot([mean, mean], [position - 0.32, position + 0.32], color=COLORS[1], linewidth=2)
-        ax.axvline(dense, color="black", linewidth=1, linestyle="--")
-        ax.text(dense, 1.01, "dense", transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-        _maybe_log(ax, "x", [dense, *(value for found in values.values() for value in found)])
-        ax.set(xlabel=f"perplexity, {_label(text)}", ylim=(len(recipes) - 0.4, -0.6))
-        ax.grid(axis="x", color="black", alpha=0.12, linewidth=0.8)
-        ax.set_yticks(range(len(recipes)), recipes if text == texts[0] else [""] * len(recipes))
+def perplexities(comparison: Comparison, text: str) -> Figure:
+    """Perplexity on a text by recipe: a dot a draw, a bar at the mean, the dense model as a line."""
+    recipes = comparison.recipes
+    made, ax = figure(6.4, 1.1 + 0.28 * len(recipes))
+    values = {recipe: [math.exp(run.nll[text]) for run in comparison.of(recipe)] for recipe in recipes}
+    dense = math.exp(comparison.dense.nll[text])
+    for position, recipe in enumerate(recipes):
+        mean = math.exp(np.mean(np.log(values[recipe])))
+        ax.plot(values[recipe], [position] * len(values[recipe]), "o", color=COLORS[0], alpha=0.55, markersize=5)
+        ax.plot([mean, mean], [position - 0.32, position + 0.32], color=COLORS[1], linewidth=2)
+    ax.axvline(dense, color="black", linewidth=1, linestyle="--")
+    ax.text(dense, 1.01, "dense", transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
+    _maybe_log(ax, "x", [dense, *(value for found in values.values() for value in found)])
+    ax.set(xlabel=f"perplexity, {_label(text)}", ylim=(len(recipes) - 0.4, -0.6))
+    ax.grid(axis="x", color="black", alpha=0.12, linewidth=0.8)
+    ax.set_yticks(range(len(recipes)), recipes)
     return made
 
 
-def losses(comparison: Comparison) -> Figure:
-    """Relative loss by kind of layer, and by block: a line a recipe."""
-    names = comparison.layer_table()["layer"].tolist()
-    kinds = [kind_of(name) for name in names]
-    blocks = [block_of(name) for name in names]
-    made, axes = figure(9.0, 4.2, ncols=2)
-    panels = ((axes[0], kinds, "kind of layer"), (axes[1], blocks, "block"))
-    for ax, labels, title in panels:
-        order = list(dict.fromkeys(labels))
-        for index, recipe in enumerate(comparison.recipes):
-            means = [_group_mean(comparison.layer_losses(recipe), labels, label) for label in order]
-            style = index // len(COLORS) % len(_LINES)
-            ax.plot(
-                range(len(order)),
-                means,
-                _LINES[style],
-                marker=_MARKERS[style],
-                markersize=4,
-                linewidth=1.3,
-                color=COLORS[index % len(COLORS)],
-                label=recipe,
-            )
-        ax.set_yscale("log")
-        ax.set_xlabel(title)
-        if len(order) <= 12:
-            ax.set_xticks(
-                range(len(order)),
-                order,
-                rotation=35 if title != "block" else 0,
-                ha="right" if title != "block" else "center",
-            )
-        _plain_ticks(ax, "y")
-    axes[0].set_ylabel("relative loss")
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+def losses(comparison: Comparison, group_of: Callable[[str], str], label: str) -> Figure:
+    """Relative loss of the layers in groups, a line a recipe."""
+    groups = [group_of(name) for name in comparison.layer_table()["layer"]]
+    order = list(dict.fromkeys(groups))
+    made, ax = figure(6.4, 4.4)
+    for index, recipe in enumerate(comparison.recipes):
+        by_layer = comparison.layer_losses(recipe)
+        means = [np.mean([loss for loss, own in zip(by_layer, groups, strict=True) if own == group]) for group in order]
+        style = index // len(COLORS) % len(_LINES)
+        ax.plot(
+            range(len(order)),
+            means,
+            _LINES[style],
+            marker=_MARKERS[style],
+            markersize=4,
+            linewidth=1.3,
+            color=COLORS[index % len(COLORS)],
+            label=recipe,
+        )
+    ax.set(yscale="log", xlabel=label, ylabel="relative loss")
+    _plain_ticks(ax, "y")
+    # Of many groups, as the blocks of a large model are, every so many have room for a name.
+    shown = range(0, len(order), max(1, len(order) // 12))
+    ax.set_xticks(shown, [order[i] for i in shown])
+    made.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return made
 
 
@@ -194,10 +191,6 @@ def block_of(layer: str) -> str:
     return found[0] if found else ""
 
 
-def _group_mean(values: Any, labels: Sequence[str], label: str) -> float:
-    return float(np.mean([value for value, own in zip(values, labels, strict=True) if own == label]))
-
-
 def _maybe_log(ax: Any, axis: str, values: Sequence[float]) -> None:
     if max(values) > 4 * min(values):
         ax.set(**{f"{axis}scale": "log"})
@@ -218,7 +211,11 @@ def _ratio(estimate: float, low: float, high: float) -> str:
     if math.isnan(estimate):
         return "–"
     centre = _percent(estimate)
-    return centre if math.isnan(low) else f"{centre} [{_percent(low)}, {_percent(high)}]"
+    return (
+        centre
+        if math.isnan(low)
+        else f"{centre} [{_percent(low)}, {_percent(high)}]".replace(" ", "\N{NO-BREAK SPACE}")
+    )
 
 
 def _percent(log_ratio: float) -> str:
@@ -226,7 +223,9 @@ def _percent(log_ratio: float) -> str:
 
 
 def _label(text: str) -> str:
-    return PROTOCOLS[text].name if text in PROTOCOLS else text.removeprefix("embedded:corpus:")
+    if text in PROTOCOLS:
+        return PROTOCOLS[text].name
+    return Path(text).name if text.startswith("folder:") else text.removeprefix("embedded:corpus:")
 
 
 def _window(comparison: Comparison) -> str:
@@ -235,18 +234,19 @@ def _window(comparison: Comparison) -> str:
 
 
 def _reading(comparison: Comparison, draws: int) -> str:
-    reading = (
-        f"Perplexity and layer losses are means over {draws} calibration draw{'' if draws == 1 else 's'}. "
-        f"{_window(comparison)} A layer loss is relative to that of the zero weight, mean over the layers."
-    )
+    reading = f"Means over {draws} calibration draw{'' if draws == 1 else 's'}. {_window(comparison)}"
     if len(comparison.recipes) > 1:
         reading += f" The change against {comparison.reference} is that of perplexity; below zero is better"
         reading += (
             "; in brackets a 95 % t-interval over the draws." if draws >= 3 else "; an interval needs three draws."
         )
-    if comparison.settings["cloze_items"]:
-        reading += " The cloze task asks which of four endings belongs to a passage: chance is 0.25."
     return reading
+
+
+def _about_cloze(comparison: Comparison) -> str:
+    if not comparison.settings["cloze_items"]:
+        return ""
+    return "\n\nThe cloze task asks which of four endings belongs to a passage, a proxy of zero-shot tasks: chance is 0.25."
 
 
 def _conditions(comparison: Comparison) -> str:
