@@ -21,7 +21,11 @@ from core.errors import InvalidInput
 
 
 class GramAccumulator:
-    """The mean over tokens of x x^T and of x, summed in float32 batch by batch."""
+    """The mean over tokens of x x^T and of x: products in float32, a batch each, and their sum in float64.
+
+    So the order of the batches, and how processes share them, does not change the mean but for a rounding of the last bit
+    that hardly ever happens; a mask may hang on it.
+    """
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -35,22 +39,22 @@ class GramAccumulator:
 
     def add_sums(self, product: Tensor, total: Tensor, num_tokens: int) -> None:
         """Add sums over tokens that were made elsewhere."""
-        self.sum = product if self.sum is None else self.sum.add_(product)
-        self.sum_x = total if self.sum_x is None else self.sum_x.add_(total)
+        self.sum = product.double() if self.sum is None else self.sum.add_(product)
+        self.sum_x = total.double() if self.sum_x is None else self.sum_x.add_(total)
         self.num_tokens += num_tokens
 
     def gram(self) -> Float[Tensor, "width width"]:
         """The mean of x x^T over everything added, symmetric to the last bit."""
         if self.sum is None or self.num_tokens == 0:
             raise InvalidInput("No token reached this layer: calibration is empty.")
-        mean = self.sum / self.num_tokens
+        mean = (self.sum / self.num_tokens).float()
         return (mean + mean.T) / 2
 
     def mean(self) -> Float[Tensor, " width"]:
         """The mean of x over everything added."""
         if self.sum_x is None or self.num_tokens == 0:
             raise InvalidInput("No token reached this layer: calibration is empty.")
-        return self.sum_x / self.num_tokens
+        return (self.sum_x / self.num_tokens).float()
 
 
 @dataclass(frozen=True)

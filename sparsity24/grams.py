@@ -78,8 +78,9 @@ def collect(
     for group, accumulator in sums.items():
         inputs = _filled(accumulator, pools.get(group[0].parameter), group)
         if group in shifts or (dense is not None and group[0].expert is None):
-            shift = ranks.total(shifts.get(group, torch.zeros_like(inputs.gram)))
-            inputs = LayerInputs(inputs.gram, inputs.mean, inputs.num_tokens, shift / accumulator.num_tokens)
+            shift = ranks.total(shifts.get(group, torch.zeros_like(inputs.gram, dtype=torch.float64)))
+            mean_shift = (shift / accumulator.num_tokens).float()
+            inputs = LayerInputs(inputs.gram, inputs.mean, inputs.num_tokens, mean_shift)
         found[group] = inputs
     return found
 
@@ -89,7 +90,7 @@ def _add_shifts(
 ) -> None:
     plain = [(group, x) for group, x in uses if group[0].expert is None]
     for (group, x), (_, x_dense) in zip(plain, [other for other in others if other[0][0].expert is None], strict=True):
-        product = (x_dense.float() - x.float()).T @ x.float()
+        product = ((x_dense.float() - x.float()).T @ x.float()).double()
         shifts[group] = product if group not in shifts else shifts[group].add_(product)
 
 
