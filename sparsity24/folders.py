@@ -125,6 +125,10 @@ class Folder:
             raise InvalidInput(f"`{name}` is damaged: its shape differs from that of its values. Save it again.")
         return weight
 
+    def let_go(self) -> None:
+        """Close the files that were read; they open again when they are needed."""
+        self._handles.clear()
+
     @cached_property
     def _handles(self) -> dict[Path, Any]:
         return {}
@@ -230,6 +234,7 @@ def write_folder(source: Folder, output: Path, format: Format, sparse: Mapping[s
                 tensors.update(_encoded(name, tensor, format, sparse[name], pattern))
         header = json.dumps({"pattern": str(pattern), "transposed": [name for name in names if sparse.get(name)]})
         save_file(tensors, output / file, {"format": "pt", **({_METADATA: header} if format == "packed" else {})})
+        source.let_go()
         weight_map |= dict.fromkeys(tensors, file)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

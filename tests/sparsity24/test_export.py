@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -29,6 +32,7 @@ from transformers import (
 
 from core.errors import InvalidInput
 from sparsity24.export import convert, load_packed, save, verify
+from sparsity24.folders import Folder
 from sparsity24.model import LayerReport, PruneReport
 from sparsity24.packing import mask_digest
 from sparsity24.pattern import TWO_FOUR, Pattern
@@ -80,7 +84,23 @@ def _gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32))
 
 
-MODELS = {"llama": _llama, "mixtral": _mixtral, "gpt2": _gpt2}
+def _gpt_oss() -> PreTrainedModel:
+    """Its fused experts are stored transposed, and stay fused on disk."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=3,
+    )
+    return GptOssForCausalLM(config)
+
+
+MODELS = {"llama": _llama, "mixtral": _mixtral, "gpt2": _gpt2, "gpt-oss": _gpt_oss}
 
 
 def _refs(model: nn.Module) -> list[WeightRef]:
@@ -88,17 +108,18 @@ def _refs(model: nn.Module) -> list[WeightRef]:
     refs = []
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        if ("layers." not in name and ".h." not in name) or "gate.weight" in name:
+        if ("layers." not in name and ".h." not in name) or "gate.weight" in name or "router" in name or "bias" in name:
             continue
         if parameter.ndim == 3:
-            refs += [WeightRef(f"{name}[{expert}]", name, expert) for expert in range(len(parameter))]
+            transposed = "GptOss" in type(module).__name__
+            refs += [WeightRef(f"{name}[{expert}]", name, expert, transposed) for expert in range(len(parameter))]
         elif parameter.ndim == 2:
             refs.append(WeightRef(name.removesuffix(".weight"), name, transposed=type(module).__name__ == "Conv1D"))
     return refs
 
 
 def _prune(model: nn.Module, pattern: Pattern = TWO_FOUR, refs: list[WeightRef] | None = None) -> PruneReport:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = []
     for ref in refs if refs is not None else _refs(model):
         weight = ref.of(parameters[ref.parameter].data)
@@ -277,14 +298,47 @@ def test_tied_embeddings_are_saved_once_in_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("skipped", [".experts.gate_up_proj[1]", ".experts.down_proj[2]"])
-def test_experts_left_dense_stay_bit_for_bit_in_a_packed_folder(skipped: str, tmp_path: Path) -> None:
-    model = _mixtral()
+@pytest.mark.parametrize("build", [_mixtral, _gpt_oss])
+def test_experts_left_dense_stay_bit_for_bit_in_a_packed_folder(build: Any, skipped: str, tmp_path: Path) -> None:
+    model = build()
     report = _prune(model, refs=[ref for ref in _refs(model) if not ref.name.endswith(skipped)])
     save(model, _Tokenizer(), tmp_path / "packed", report, format="packed")
     assert verify(tmp_path / "packed").dense == ()
-    fresh = MixtralForCausalLM(model.config)
+    fresh = type(model)(model.config)
     load_packed(tmp_path / "packed", fresh)
     assert _same(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+def test_a_parameter_of_two_layers_is_found_under_the_name_that_was_saved(tmp_path: Path) -> None:
+    model = _llama()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    name = "model.layers.1.mlp.up_proj"
+    model._tied_weights_keys = {f"{name}.weight": "model.layers.0.mlp.up_proj.weight"}
+    report = _prune(model, refs=[WeightRef(name, f"{name}.weight")])
+    save(model, _Tokenizer(), tmp_path / "out", report)
+    assert f"{name}.weight" not in _tensors(tmp_path / "out")
+    assert verify(tmp_path / "out").sparse == (name,)
+
+
+def test_a_shard_is_let_go_before_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _llama(hidden=32, ffn=64)
+    save(model, _Tokenizer(), tmp_path / "out", _prune(model), max_shard_size=10_000)
+    alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+    most = [0]
+    read = Folder.tensor
+
+    def counted(folder: Folder, name: str) -> Tensor:
+        tensor = read(folder, name)
+        alive[len(alive) + id(tensor)] = tensor
+        most[0] = max(most[0], sum(held.nbytes for held in alive.values()))
+        return tensor
+
+    monkeypatch.setattr(Folder, "tensor", counted)
+    convert(tmp_path / "out", tmp_path / "packed", "packed")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 5
+    # One shard, and the last tensor of the one before.
+    assert 0 < most[0] <= 20_000
 
 
 def test_the_places_of_fused_experts_are_the_tensors_that_transformers_writes(tmp_path: Path) -> None:
@@ -384,6 +438,16 @@ def test_verify_finds_a_weight_that_lost_its_pattern_and_one_whose_mask_moved(tm
     assert found.dense == ("model.layers.1.mlp.down_proj",)
     assert found.shares["model.layers.1.mlp.down_proj"] < 0.5
     assert set(found.changed) == {"model.layers.1.mlp.down_proj", moved}
+
+
+def test_a_report_of_another_model_is_refused(tmp_path: Path) -> None:
+    save(_llama(), _Tokenizer(), tmp_path / "out", _prune(_llama()))
+    wide = _prune(_llama(ffn=32))
+    with pytest.raises(InvalidInput, match=r"mlp\.gate_proj|mlp\.down_proj"):
+        verify(tmp_path / "out", report=wide)
+    narrow = _prune(_llama(ffn=16))
+    with pytest.raises(InvalidInput, match="it is of another model"):
+        verify(_llama(), report=narrow)
 
 
 def test_verify_of_a_model_compares_it_with_a_report() -> None:
