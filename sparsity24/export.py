@@ -107,7 +107,11 @@ def _through_transformers(source: Folder, model: nn.Module) -> Mapping[str, Tens
     if not hasattr(loader, "from_pretrained"):
         raise InvalidInput(f"{source.path} holds tensors that {loader.__name__} does not have.")
     tensors = {name: source.tensor(name) for name in track(list(source.entries), "Loading weights")}
-    loaded: nn.Module = loader.from_pretrained(None, config=model.config, state_dict=tensors, dtype="auto")
+    # The widest of the folder: what the model's configuration names may be narrower.
+    dtype = max(
+        (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), key=lambda kind: kind.itemsize
+    )
+    loaded: nn.Module = loader.from_pretrained(None, config=model.config, state_dict=tensors, dtype=dtype)
     return loaded.state_dict()
 
 

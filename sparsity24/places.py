@@ -44,7 +44,8 @@ class Place:
     def of(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "rows width"]:
         """The rows, as a view of the tensor. Raises `InvalidInput` when it has no such rows."""
         deep = 2 if self.expert is None else 3
-        if tensor.ndim != deep or (self.expert or 0) >= len(tensor):
+        known = min(self.expert or 0, self.at, self.row, self.count) >= 0
+        if not known or tensor.ndim != deep or (self.expert or 0) >= len(tensor):
             raise InvalidInput(f"`{self.key}` of shape {tuple(tensor.shape)} is not what the report says.")
         matrix = WeightRef("", self.key, self.expert, self.transposed).of(tensor)
         if self.at + self.count > len(matrix):

@@ -186,6 +186,38 @@ def test_load_packed_fills_a_fresh_model(build: Any, tmp_path: Path) -> None:
     assert _same(dict(fresh.state_dict()), dict(model.state_dict()))
 
 
+def test_load_packed_keeps_what_the_folder_holds_whatever_the_configuration_names(tmp_path: Path) -> None:
+    model = _mixtral()
+    save(model, _Tokenizer(), tmp_path / "packed", _prune(model), format="packed")
+    model.config.dtype = "bfloat16"
+    fresh = MixtralForCausalLM(model.config).float()
+    load_packed(tmp_path / "packed", fresh)
+    assert _same(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+def test_load_packed_refuses_a_model_without_memory(tmp_path: Path) -> None:
+    model = _llama()
+    save(model, _Tokenizer(), tmp_path / "packed", _prune(model), format="packed")
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(model.config)
+    with pytest.raises(InvalidInput, match="on the meta device"):
+        load_packed(tmp_path / "packed", empty)
+
+
+def test_a_report_that_points_outside_its_tensors_is_refused(tmp_path: Path) -> None:
+    model = _mixtral()
+    save(model, _Tokenizer(), tmp_path / "out", _prune(model))
+    path = tmp_path / "out" / "sparsity24.json"
+    for change in ({"at": -1}, {"at": 5}, {"expert": 0}, {"count": -2}):
+        told = json.loads(path.read_text())
+        next(iter(told["stored"].values()))[0].update(change)
+        shutil.rmtree(tmp_path / "told", ignore_errors=True)
+        shutil.copytree(tmp_path / "out", tmp_path / "told")
+        (tmp_path / "told" / path.name).write_text(json.dumps(told))
+        with pytest.raises(InvalidInput, match="report"):
+            verify(tmp_path / "told")
+
+
 def test_load_packed_refuses_another_model_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     model = _llama()
     save(model, _Tokenizer(), tmp_path / "packed", _prune(model), format="packed")
