@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsity24.layer import prune_layer
+from sparsity24.pictures import GROUP
 from sparsity24.prox import group_support, prox24
 from sparsity24.synthetic import synthetic_layer
 
@@ -21,12 +22,12 @@ def demo(console: Console) -> None:
 
 
 def _path_of_a_group(console: Console) -> None:
-    group = torch.tensor([[0.95, -0.90, 0.86, 0.78]], dtype=torch.float64)
+    group = torch.tensor([GROUP], dtype=torch.float64)
     console.print(
         "\n[bold]prox of lambda * r on one group of four weights[/]: as lambda grows, four become three become two\n"
     )
     table = Table("lambda", "w1", "w2", "w3", "w4", "kept", box=None, padding=(0, 1))
-    for lam in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3):
+    for lam in (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2):
         w = prox24(group, lam)
         table.add_row(f"{lam:.1f}", *(_bar(float(value)) for value in w[0]), str(int(group_support(w))))
     console.print(table)
