@@ -121,7 +121,8 @@ class LearnedMasks:
 
     def __post_init__(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Stack the rows of every width and sort their keys."""
-        tables, masks = {}, {}
+        tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        masks: dict[str, Tensor] = {}
         for width in sorted({mask.shape[1] for _, mask in learned.values()}):
             own = {name: part for name, part in learned.items() if part[1].shape[1] == width}
             stacked = torch.cat([mask for _, mask in own.values()])
@@ -244,7 +245,7 @@ def learn_masks(
         original = ref.of(_parameter(model, ref).detach()).cpu()
         kept += int(mask.sum())
         changed += int((mask & ~top2_mask(original.abs())).sum())
-        sparse += int((weight.unflatten(-1, (-1, 4)).count_nonzero(-1) <= 2).sum())
+        sparse += int((torch.unflatten(weight, -1, (-1, 4)).count_nonzero(-1) <= 2).sum())
         learned[ref.name] = keys[ref.name], mask
     return LearnedMasks(
         settings=chosen,
@@ -336,7 +337,7 @@ def _shrink(bucket: Sequence[Piece], pull: float, *, by_row: bool) -> None:
     spans = list(zip(bucket, torch.split(planes, sizes, dim=1), strict=True))
     start = 0
     for (part, scale), own in spans:
-        members = part.unflatten(1, (-1, 4))
+        members = torch.unflatten(part, 1, (-1, 4))
         shape = members.shape[:2]
         for index in range(4):
             own[index].view(shape).copy_(members[..., index])
@@ -345,7 +346,7 @@ def _shrink(bucket: Sequence[Piece], pull: float, *, by_row: bool) -> None:
         start += own.shape[1]
     prox_planes(planes, pull if lam is None else lam, out=planes)
     for (part, _), own in spans:
-        members = part.unflatten(1, (-1, 4))
+        members = torch.unflatten(part, 1, (-1, 4))
         for index in range(4):
             members[..., index].copy_(own[index].view(members.shape[:2]))
 
