@@ -113,6 +113,16 @@ def test_one_swap_by_hand() -> None:
     assert DSnoT().prune(weight, torch.eye(4, dtype=torch.float64), turned).iterations == 0
 
 
+def test_a_row_ends_at_the_threshold_though_another_pair_would_lower_the_error() -> None:
+    # Two groups alike: 1.8 is missing, and a swap in either takes 0.8 from it.
+    weight = torch.tensor([[2.0, -1.5, 1.0, 1.0] * 2], dtype=torch.float64)
+    mean = torch.tensor([0.5, 0.2 / 1.5, 0.6, 0.3] * 2, dtype=torch.float64)
+    for threshold, swaps in ((1.9, 0), (1.5, 1), (0.9, 2), (0.1, 2)):
+        method = DSnoT(threshold=threshold)
+        found = method.prune(weight, torch.eye(8, dtype=torch.float64), LayerContext(mean=mean))
+        assert int(found.mask[0, 2::4].sum()) == swaps
+
+
 def test_inputs_of_mean_zero_and_no_cycles_leave_the_start() -> None:
     weight, x = _inputs()
     hessian, context = _statistics(x)

@@ -462,10 +462,11 @@ def test_a_matrix_that_is_no_hessian_is_refused() -> None:
             prune_layer(torch.randn(2, 8), hessian, name, context=LayerContext(mean=torch.ones(8)))
 
 
-def test_damping_climbs_ten_by_ten_and_stops_at_the_first_that_factorises() -> None:
-    hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    hessian[0, 1] = hessian[1, 0] = 1.05
-    with pytest.warns(UserWarning, match=r"0\.001; 0\.1 is"):
+@pytest.mark.parametrize(("correlation", "needed"), [(1.005, 0.01), (1.05, 0.1)])
+def test_damping_climbs_ten_by_ten_and_stops_at_the_first_that_factorises(correlation: float, needed: float) -> None:
+    hessian = torch.eye(4, dtype=torch.float64)
+    hessian[0, 1] = hessian[1, 0] = correlation
+    with pytest.warns(UserWarning, match=f"with damping 0.001; {needed} is"):
         metric, factor = definite(hessian, 0.001)
-    assert float(metric[0, 0]) == pytest.approx(1.1)
+    assert float(metric[0, 0]) == pytest.approx(1 + needed)
     assert torch.allclose(factor @ factor.T, metric)
