@@ -1,14 +1,22 @@
-"""The command line of the main job: `python -m sparsity24 prune | evaluate | verify`."""
+"""The command line of the main job: `python -m sparsity24 prune | evaluate | compare | convert | verify`."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from core.data.catalog import LoadedData
+    from torch import Tensor
+
+    from sparsity24.methods import Method
+    from sparsity24.model import PruneReport
 
 app = typer.Typer(
     name="sparsity24",
@@ -20,126 +28,331 @@ app = typer.Typer(
 
 MODEL_HELP = "`testbed:tiny_llama`, `pretrained:smollm2-135m` (both offline), `hub:OWNER/NAME` or `folder:PATH`."
 DATA_HELP = "`embedded:corpus` (offline), `hub:OWNER/NAME:CONFIG`, `folder:PATH`, or a name such as `wikitext2`."
+METHOD_HELP = (
+    "prox-fast, prox, prox-quality, prox-paper, sparsegpt, alps, admm, dsnot, wanda, magnitude, random; or learned: masks "
+    "trained end to end."
+)
+DEVICE_HELP = "cpu, cuda, ...; default: an accelerator when there is one."
+
+Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+Window = Annotated[int, typer.Option(help="Tokens a window; capped by the model's context.")]
+Skip = Annotated[
+    list[str] | None, typer.Option(help="Leave matching weights dense, such as '*.down_proj'; repeatable.")
+]
 
 
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help=f"The dense model: {MODEL_HELP}")],
-    output: Annotated[Path, typer.Option(help="A new folder for the sparse model, its tokenizer and the report.")],
+    output: Annotated[Path, typer.Option(help="A new folder for the sparse model, its tokenizer, report and card.")],
     calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DATA_HELP}")] = "embedded:corpus",
     split: Annotated[
         str | None, typer.Option(help="Split of the text; default: train, or the whole if it has none.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="prox, prox-fast, prox-quality, prox-paper, sparsegpt, wanda, magnitude, random.")
-    ] = "prox-fast",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "prox-fast",
+    pattern: Annotated[str, typer.Option(help="N:M; other than 2:4 for methods that score weights.")] = "2:4",
     refine: Annotated[str, typer.Option(help="Polish the kept weights: cg, gd, nesterov, exact or none.")] = "cg",
     steps: Annotated[int, typer.Option(help="Steps of the refinement.")] = 20,
+    target_mix: Annotated[
+        float, typer.Option(help="Aim so far from the pruned model's outputs to the dense one's; 0.5 is half-way.")
+    ] = 0.0,
+    learning_steps: Annotated[int, typer.Option(help="Training steps of `--method learned`.")] = 400,
     sequences: Annotated[int, typer.Option(help="Calibration sequences, at random places of the text.")] = 128,
     window: Annotated[int, typer.Option(help="Tokens a sequence; capped by the model's context.")] = 2048,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Leave matching layers dense, for example '*.down_proj'; repeatable.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse layers whose width does not fit.")] = False,
+    skip: Skip = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse weights whose width does not fit.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator when there is one.")
+    format: Annotated[str, typer.Option(help="dense, packed (9/16 of the size) or sparse-24-bitmask.")] = "dense",
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Keep one block in memory at a time; default: yes for folder: and hub:.", show_default=False),
     ] = None,
+    device: Device = None,
 ) -> None:
-    """Prune MODEL and save the sparse one, which loads with transformers anywhere."""
-    from rich.console import Console
-
+    """Prune MODEL and save the sparse one. The same call goes on after an interruption, and torchrun shares the work."""
     from core.errors import InvalidInput
-    from core.llm.causal import CausalLM
-    from sparsity24.calibration import random_sequences
-    from sparsity24.export import save
+    from sparsity24.folders import as_format
     from sparsity24.methods import as_method
-    from sparsity24.model import prune_model
-    from sparsity24.refinement import check_settings
+    from sparsity24.model import Job
+    from sparsity24.pattern import Pattern
 
     # Before hours of work, not after.
-    as_method(method)
-    check_settings(refine, steps, tol=0.0)
+    chosen = as_method("magnitude" if method == "learned" else method, seed=seed, pattern=Pattern.parse(pattern))
+    Job(chosen, refine, steps, target_mix)
+    as_format(format)
     if output.exists():
         raise InvalidInput(f"{output} exists. Choose another folder with --output, or remove it first.")
+    streamed = model.startswith(("folder:", "hub:")) if stream is None else stream
+    if streamed and not model.startswith(("folder:", "hub:")):
+        raise InvalidInput(f"Only folder: and hub: models are streamed; {model} is loaded as a whole (--no-stream).")
+    if streamed and method == "learned":
+        raise InvalidInput("Masks are learned on a whole model: add --no-stream.")
+    settings: dict[str, Any] = {
+        "refine": refine,
+        "steps": steps,
+        "skip": skip or (),
+        "strict": strict,
+        "target_mix": target_mix,
+    }
+    draw = _Draw(calibration, split, sequences, window, seed)
+    with _processes() as (first, own_device):
+        target = device or own_device
+        if streamed:
+            report = _from_files(model, output, chosen, draw, settings, target, format, first=first)
+        else:
+            learning = learning_steps if method == "learned" else 0
+            report = _in_memory(model, output, chosen, draw, settings, target, format, learning, first=first)
+        if first:
+            _say(
+                f"{len(report.layers)} weights pruned by {report.method} in {report.seconds:.0f} s, mean relative loss "
+                f"{report.mean_rel_loss:.4f}; {len(report.skipped)} left dense. Calibrated on {report.num_tokens} tokens of "
+                f"{draw.data}.\nSaved to {output}. Next: python -m sparsity24 "
+                + (f"evaluate folder:{output}" if format == "dense" else f"verify {output}")
+            )
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Which calibration sequences are drawn."""
+
+    data: str
+    split: str | None
+    sequences: int
+    window: int
+    seed: int
+
+    def batches(self, tokenizer: Any, context_length: int | None) -> list[Tensor]:
+        from core.llm.causal import encode
+        from sparsity24.calibration import random_sequences
+        from sparsity24.evaluation import load_text
+
+        text = load_text(self.data, self.split, default="train").text
+        window = min(self.window, context_length or self.window)
+        return random_sequences(encode(tokenizer, text), num_sequences=self.sequences, window=window, seed=self.seed)
+
+
+def _from_files(
+    model: str,
+    output: Path,
+    method: Method,
+    draw: _Draw,
+    settings: dict[str, Any],
+    device: str | None,
+    format: str,
+    *,
+    first: bool,
+) -> PruneReport:
+    """Prune one block at a time, from the model's files to those of `output`."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from sparsity24.export import convert
+    from sparsity24.model import PruneReport
+    from sparsity24.places import REPORT_NAME
+    from sparsity24.streaming import local_folder, prune_checkpoint
+
+    folder = local_folder(model)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    batches = draw.batches(tokenizer, getattr(config, "max_position_embeddings", None))
+    dense = output if format == "dense" else output.with_name(f".{output.name}.dense")
+    if dense.exists():
+        # What an interruption just before the conversion left.
+        report = PruneReport.from_dict(json.loads((dense / REPORT_NAME).read_text()))
+    else:
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        report = prune_checkpoint(folder, dense, batches, method, device=where, **settings)
+    if first and dense != output:
+        convert(dense, output, format)
+        shutil.rmtree(dense)
+    return report
+
+
+def _in_memory(
+    model: str,
+    output: Path,
+    method: Method,
+    draw: _Draw,
+    settings: dict[str, Any],
+    device: str | None,
+    format: str,
+    learning_steps: int,
+    *,
+    first: bool,
+) -> PruneReport:
+    """Prune a model that is loaded as a whole; with `learning_steps`, to masks learned end to end."""
+    import shutil
+
+    from core.llm.causal import CausalLM
+    from sparsity24.export import save
+    from sparsity24.model import prune_model
+
     lm = CausalLM.load(model, device=device)
-    text = _text(calibration, split, "train")
-    length = min(window, lm.context_length or window)
-    batches = random_sequences(lm.encode(text.text), num_sequences=sequences, window=length, seed=seed)
-    report = prune_model(lm.model, batches, method, refine=refine, steps=steps, skip=skip or (), strict=strict)
-    save(lm.model, lm.tokenizer, output, report)
-    Console().print(
-        f"{len(report.layers)} layers pruned by {method} in {report.seconds:.0f} s, mean relative loss "
-        f"{report.mean_rel_loss:.4f}; {len(report.skipped)} left dense. Calibrated on {report.num_tokens} tokens, "
-        f"{length} a sequence, of {text.provenance}.\nSaved to {output}. "
-        f"Next: python -m sparsity24 evaluate folder:{output} --window {length}",
-        highlight=False,
-    )
+    batches = draw.batches(lm.tokenizer, lm.context_length)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    if learning_steps:
+        from sparsity24.mask_learning import learn_masks
+
+        method = learn_masks(
+            lm.model,
+            batches,
+            num_steps=learning_steps,
+            skip=settings["skip"],
+            seed=draw.seed,
+            checkpoint_dir=unfinished / "learning",
+            checkpoint_every=50,
+        )
+    report = prune_model(lm.model, batches, method, resume_dir=unfinished / "blocks", **settings)
+    if first:
+        save(lm.model, lm.tokenizer, output, report, format=format)
+        shutil.rmtree(unfinished)
+    return report
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[bool, str | None]]:
+    """Join the others under torchrun: whether this process is the first, and its own GPU where there are some."""
+    if "RANK" not in os.environ:
+        yield True, None
+        return
+    import torch
+    from torch import distributed as dist
+
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None
+    if own is not None:
+        torch.cuda.set_device(own)
+    try:
+        yield dist.get_rank() == 0, own
+    finally:
+        dist.destroy_process_group()
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help=f"A model, dense or sparse: {MODEL_HELP}")],
-    data: Annotated[str, typer.Option(help=f"Text to evaluate on: {DATA_HELP}")] = "embedded:corpus",
+    data: Annotated[
+        str, typer.Option(help=f"Text to evaluate on: {DATA_HELP} wikitext2 and c4 follow the literature's protocol.")
+    ] = "embedded:corpus",
     split: Annotated[
         str | None, typer.Option(help="Split of the text; default: test, or the whole if it has none.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window; capped by the model's context.")] = 2048,
+    window: Window = 2048,
     stride: Annotated[
         int | None, typer.Option(help="Slide by so many tokens; default: windows do not overlap.")
     ] = None,
     max_windows: Annotated[int | None, typer.Option(help="Use the first windows only.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator when there is one.")
-    ] = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="The zero-shot tasks through lm-eval instead (extra `eval`).")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="With --zero-shot: the first items of each task only.")] = None,
+    device: Device = None,
 ) -> None:
-    """Print the perplexity of MODEL on a text, with the window that it depends on."""
-    from rich.console import Console
-
+    """Print the perplexity of MODEL on a text, with the window that it depends on, or its zero-shot accuracy."""
     from core.llm.causal import CausalLM
+    from sparsity24 import evaluation
 
     lm = CausalLM.load(model, device=device)
-    text = _text(data, split, "test")
-    length = min(window, lm.context_length or window)
-    found = lm.perplexity(text.text, window=length, stride=stride, max_windows=max_windows)
-    how = "non-overlapping" if stride is None else f"stride {stride}"
-    Console().print(
-        f"Perplexity {found.value:.3f} over {len(found.window_nll)} windows of {length} tokens ({how}) of "
-        f"{text.provenance}.\nModel: {lm.provenance}.",
-        highlight=False,
-    )
+    if zero_shot:
+        found = evaluation.zero_shot(lm, limit=limit)
+        _say(found.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+    else:
+        length = min(window, lm.context_length or window)
+        _say(f"{evaluation.perplexity_on(lm, data, split, window=length, stride=stride, max_windows=max_windows)}.")
+    _say(f"Model: {lm.provenance}.")
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="The folder of a saved model, ours or anyone's.")]) -> None:
-    """Say which weights of a saved model are 2:4; exit code 1 when one that should be is not."""
+def compare(
+    model: Annotated[str, typer.Argument(help=f"The dense model: {MODEL_HELP}")],
+    output: Annotated[Path, typer.Option(help="A folder for the runs, tables and page; the same call goes on in it.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="A method and its refinement, such as sparsegpt, wanda+gd:100, prox-fast+cg; repeatable."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Calibration draws of every recipe.")] = 3,
+    calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DATA_HELP}")] = "embedded:corpus",
+    split: Annotated[str | None, typer.Option(help="Split of it; default: train, or the whole if it has none.")] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences a draw.")] = 128,
+    calibration_window: Annotated[int, typer.Option(help="Tokens a sequence; capped by the model's context.")] = 2048,
+    text: Annotated[list[str] | None, typer.Option(help="A text to evaluate on; repeatable.")] = None,
+    window: Window = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Use the first windows of each text only.")] = None,
+    cloze_items: Annotated[int, typer.Option(help="Items of the offline zero-shot proxy; 0 for none.")] = 0,
+    skip: Skip = None,
+    device: Device = None,
+) -> None:
+    """Prune MODEL by all methods on the same draws; print and plot perplexity, loss per layer and time."""
+    from core.llm.causal import CausalLM
+    from sparsity24 import comparison
+
+    def load() -> CausalLM:
+        return CausalLM.load(model, device=device)
+
+    found = comparison.compare(
+        load,
+        output,
+        recipes=recipe or comparison.DEFAULT_RECIPES,
+        draws=range(draws),
+        calibration=calibration,
+        calibration_split=split,
+        num_sequences=sequences,
+        calibration_window=calibration_window,
+        texts=text or ("embedded:corpus",),
+        window=window,
+        max_windows=max_windows,
+        cloze_items=cloze_items,
+        skip=skip or (),
+    )
+    page = found.write(output)
+    _say(found.table().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    _say(f"The page with plots and the table of layers: {page}")
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="The folder of a saved model.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    format: Annotated[str, typer.Option(help="dense, packed or sparse-24-bitmask.")] = "dense",
+) -> None:
+    """Write a saved model in another format: packed takes 9/16 of the size, dense loads everywhere."""
+    from sparsity24.export import convert
+
+    _say(f"Saved to {convert(folder, output, format)}.")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="The folder of a saved model, ours or anyone's, in any of our formats.")],
+    pattern: Annotated[str | None, typer.Option(help="N:M; default: what its report says, else 2:4.")] = None,
+) -> None:
+    """Say which weights of a saved model follow the pattern; exit code 1 when one that should does not."""
     from rich.console import Console
     from rich.table import Table
 
-    from sparsity24.export import REPORT_NAME, verify
+    from sparsity24.places import REPORT_NAME
+    from sparsity24.verification import verify
 
-    found = verify(path)
-    table = Table("weight", "2:4 groups", box=None, pad_edge=False)
-    for name in found.dense:
-        table.add_row(name, f"{found.shares[name]:.1%}")
+    found = verify(path, pattern)
     console = Console()
-    console.print(f"{len(found.sparse)} of {len(found.shares)} weights are 2:4 throughout.")
+    console.print(f"{len(found.sparse)} of {len(found.shares)} weights are {found.pattern} throughout.")
     if found.dense:
+        table = Table("weight", f"{found.pattern} groups", box=None, pad_edge=False)
+        for name in found.dense:
+            table.add_row(name, f"{found.shares[name]:.1%}")
         console.print(table)
-    raise typer.Exit(1 if found.dense and (path / REPORT_NAME).exists() else 0)
+    if found.changed:
+        console.print(f"Other masks than the report's: {', '.join(found.changed)}.")
+    raise typer.Exit(1 if (found.dense or found.changed) and (path / REPORT_NAME).exists() else 0)
 
 
-def _text(spec: str, split: str | None, default: str) -> LoadedData:
-    from core.data import catalog
-    from core.errors import InvalidInput
+def _say(text: str) -> None:
+    from rich.console import Console
 
-    if split is not None:
-        return catalog.load(spec, split or None)
-    try:
-        return catalog.load(spec, default)
-    except InvalidInput:
-        # A set without splits is taken whole; one that has others says which, in this second error.
-        return catalog.load(spec)
+    Console().print(text, highlight=False, markup=False)
 
 
 def main() -> None:

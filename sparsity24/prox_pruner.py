@@ -102,7 +102,8 @@ class ProxPruner:
         target = torch.where(live, w0 * scale, 0.0)
         row = target.square().mean(1, keepdim=True).sqrt()
         if not self.row_scale:
-            square = context.sum(float(row.square().sum()), w0.device)
+            # In double precision, so that the scale does not depend on how rows are shared out.
+            square = context.sum(float(row.double().square().sum()), w0.device)
             row = torch.full_like(row, math.sqrt(square / max(1, context.sum(rows, w0.device))))
         row = torch.where(row > 0, row, 1.0)
         # Planes of group members are contiguous when columns go 0, 4, 8, ..., 1, 5, 9, ... and weights lie transposed.

@@ -47,18 +47,16 @@ class FinishedBlocks:
         stored: Callable[[str, Tensor], tuple[str, torch.dtype]] = lambda name, tensor: (name, tensor.dtype),
     ) -> None:
         self.folder, self._stored = folder, stored
-        text = json.dumps(key, indent=1, sort_keys=True, default=str)
+        self._key = json.dumps(key, indent=1, sort_keys=True, default=str)
         known = folder / KEY_NAME
-        if known.exists() and known.read_text() != text:
+        if known.exists() and known.read_text() != self._key:
             before = json.loads(known.read_text())
-            now = json.loads(text)
+            now = json.loads(self._key)
             changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             raise CheckpointError(
                 f"{folder} holds an unfinished run with other settings ({', '.join(changed)}). Finish that one, remove the "
                 "folder, or choose another."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(known, text)
 
     def path(self, name: str) -> Path:
         """The file of a block."""
@@ -88,6 +86,8 @@ class FinishedBlocks:
         for key, parameter in parameters.items():
             stored, dtype = self._stored(key, parameter)
             tensors[stored] = parameter.detach().to(device="cpu", dtype=dtype).contiguous()
+        # With the first block, so that a run that is refused before it leaves nothing.
+        write_atomic(self.folder / KEY_NAME, self._key)
         partial = self.path(name).with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt", "sparsity24": json.dumps(header)})
         partial.replace(self.path(name))

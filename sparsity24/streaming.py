@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.errors import InvalidInput
+from core.errors import DataUnavailable, InvalidInput
 from core.files import write_atomic
 from sparsity24.blocks import Blocks, calm, find_blocks, survey
 from sparsity24.calibration import Batch, as_inputs
@@ -126,6 +126,30 @@ def prune_checkpoint(
         work.replace(output_dir)
     ranks.total(torch.zeros(1))
     return report
+
+
+def local_folder(spec: str) -> Path:
+    """The folder of a `folder:PATH` model, or of a `hub:OWNER/NAME[@REVISION]` one after fetching its files.
+
+    Raises `DataUnavailable` when the Hub cannot be reached and the files are not in its cache.
+    """
+    home, _, rest = spec.partition(":")
+    if home == "folder":
+        folder = Path(rest).expanduser()
+        if not (folder / "config.json").is_file():
+            raise InvalidInput(f"{folder} is no saved model: it has no config.json.")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = rest.partition("@")
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except OSError as error:
+        raise DataUnavailable(
+            f"The Hugging Face Hub could not give {spec} ({type(error).__name__}). Without a network: fetch it elsewhere "
+            f"(hf download {name} --local-dir DIR) and use folder:DIR."
+        ) from error
 
 
 class Streamed:

@@ -44,6 +44,15 @@ class Generation:
     log_prob: float
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text as the tokenizer's default has it, but without an end token behind it."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    # Some tokenizers close every text; what follows a closed text is another document.
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
+
+
 class CausalLM:
     """A causal language model in evaluation mode, its tokenizer, and where they came from.
 
@@ -133,12 +142,7 @@ class CausalLM:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text as the tokenizer's default has it, but without an end token behind it."""
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        # Some tokenizers close every text; what follows a closed text is another document.
-        if ids and ids[-1] == end and not text.endswith(self.tokenizer.eos_token):
-            ids = ids[:-1]
-        return ids
+        return encode(self.tokenizer, text)
 
     def generate(
         self,

@@ -6,7 +6,6 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity24.calibration import random_sequences
-from sparsity24.export import save, verify
+from sparsity24.export import verify
 from sparsity24.layer import prune_layer, relative_loss
 from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
-from sparsity24.model import PruneReport, block_skips, dense_grams, find_blocks, prune_model
-from sparsity24.prox import is_24, project24
+from sparsity24.model import block_skips, dense_grams, find_blocks, prune_model
+from sparsity24.prox import is_24
 
 VOCAB = 40
 LINEARS = (
@@ -327,66 +326,8 @@ def test_random_sequences_are_windows_of_the_text_and_a_short_text_is_refused() 
         random_sequences(ids, num_sequences=1, window=101)
 
 
-class _Tokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
-
-
-def _report(model: LlamaForCausalLM) -> PruneReport:
-    return prune_model(model, _batches(), "wanda", refine="none")
-
-
-def test_a_saved_model_loads_with_transformers_and_verifies(tmp_path: Path) -> None:
-    model = _llama()
-    save(model, _Tokenizer(), tmp_path / "sparse", _report(model))
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "sparse")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    found = verify(tmp_path / "sparse")
-    assert len(found.sparse) == 14
-    assert found.dense == ()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparse"]
-    with pytest.raises(ValueError, match="exists"):
-        save(model, _Tokenizer(), tmp_path / "sparse", _report(model))
-
-
-def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
-    class Fails:
-        def save_pretrained(self, folder: Path) -> None:
-            raise OSError("disk full")
-
-    model = _llama()
-    with pytest.raises(OSError, match="disk full"):
-        save(model, Fails(), tmp_path / "sparse", _report(model))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_verify_finds_a_weight_that_lost_its_sparsity_and_one_that_is_gone(tmp_path: Path) -> None:
-    model = _llama()
-    report = _report(model)
-    model.model.layers[1].mlp.up_proj.weight.data += 0.1
-    save(model, _Tokenizer(), tmp_path / "dense", report)
-    assert verify(tmp_path / "dense").dense == ("model.layers.1.mlp.up_proj",)
-    path = tmp_path / "dense" / "sparsity24.json"
-    path.write_text(path.read_text().replace("layers.0.mlp.up_proj", "layers.9.mlp.up_proj"))
-    with pytest.raises(ValueError, match=r"layers\.9"):
-        verify(tmp_path / "dense")
-    with pytest.raises(ValueError, match="safetensors"):
-        verify(tmp_path)
-
-
-def test_verify_of_a_foreign_folder_looks_at_every_matrix(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(
-        {"a.weight": project24(torch.randn(4, 8)), "b.weight": torch.randn(4, 8), "norm": torch.ones(8)},
-        tmp_path / "model.safetensors",
-    )
-    found = verify(tmp_path)
-    assert found.sparse == ("a",)
-    assert found.dense == ("b",)
-
-
 def test_pruning_raises_no_warning_of_its_own() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         prune_model(_llama(), _batches(), "prox-fast")
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []

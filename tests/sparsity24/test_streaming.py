@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from core.errors import CheckpointError
 from sparsity24.export import verify
@@ -45,7 +52,9 @@ def _gpt2() -> GPT2LMHeadModel:
 
 def _t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8))
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8)
+    )
 
 
 def _ids(rows: int = 2, length: int = 20, seed: int = 0) -> Tensor:
@@ -116,7 +125,9 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_block(tmp_path: Path
         prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), _Breaks(), target_mix=target_mix)
     assert not (tmp_path / "sparse").exists()
     _Breaks.calls, _Breaks.at = 0, 10**9
-    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), _Breaks(), target_mix=target_mix)
+    report = prune_checkpoint(
+        tmp_path / "dense", tmp_path / "sparse", _batches(model), _Breaks(), target_mix=target_mix
+    )
     assert _Breaks.calls == 8
     assert len(report.layers) == 21
     one, other = (LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "sparse"))
