@@ -357,12 +357,13 @@ def test_a_shard_is_let_go_before_the_next_is_read(tmp_path: Path, monkeypatch: 
     model = _llama(hidden=32, ffn=64)
     save(model, _Tokenizer(), tmp_path / "out", _prune(model), max_shard_size=10_000)
     alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-    most = [0]
+    most, num_open = [0], []
     read = Folder.tensor
 
     def counted(folder: Folder, name: str) -> Tensor:
         tensor = read(folder, name)
         alive[len(alive) + id(tensor)] = tensor
+        num_open.append(len(folder._handles))
         most[0] = max(most[0], sum(held.nbytes for held in alive.values()))
         return tensor
 
@@ -371,6 +372,7 @@ def test_a_shard_is_let_go_before_the_next_is_read(tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 5
     # One shard, and the last tensor of the one before.
     assert 0 < most[0] <= 20_000
+    assert num_open[-1] == 1
 
 
 def test_the_places_of_fused_experts_are_the_tensors_that_transformers_writes(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_reprojection_keeps_the_largest_of_the_merged_weight() -> None:
         assert torch.allclose(weights[name], torch.where(TWO_FOUR.mask(total.abs()), total, 0), atol=1e-6)
         moved += int(((weights[name] != 0) != (before[name] != 0)).sum())
     assert moved > 0
+    dense = next(name for name in before if name.endswith("v_proj.weight"))
+    assert torch.allclose(weights[dense], before[dense] + deltas[dense], atol=1e-6)
 
 
 def test_weight_decomposed_adapters_merge_as_peft_says_and_keep_the_mask() -> None:
@@ -153,9 +155,16 @@ def test_other_patterns_are_kept() -> None:
 def test_one_of_several_adapters_is_merged_by_its_name() -> None:
     adapted, before, deltas = _adapted()
     adapted.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
-    merged = dict(merge_lora(adapted, "default").named_parameters())
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and ".other." in name:
+            parameter.data.fill_(0.5)
+    merged = dict(merge_lora(adapted, "other").named_parameters())
     dense = next(name for name in before if name.endswith("v_proj.weight"))
-    assert torch.allclose(merged[dense], before[dense] + deltas[dense], atol=1e-6)
+    added = merged[dense] - before[dense]
+    assert not torch.allclose(added, deltas[dense], atol=1e-2)
+    assert torch.allclose(added, added[0, 0].expand_as(added), atol=1e-6)
+    assert added[0, 0] > 0.1
+    assert torch.equal(merged["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"])
 
 
 def test_wrong_input_is_refused_before_anything_changes() -> None:
