@@ -15,7 +15,7 @@ from core.files import write_atomic
 from core.plots import COLORS, figure, to_svg
 from core.report import Section, render_page
 from core.typeset import numbers
-from sparsity24.comparison import DENSE
+from sparsity24.comparison import DEFAULT_STEPS, DENSE
 from sparsity24.evaluation import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -252,11 +252,13 @@ def _about_cloze(comparison: Comparison) -> str:
 def _conditions(comparison: Comparison) -> str:
     settings = comparison.settings
     skipped = f" Left dense: {', '.join(settings['skip'])}." if settings["skip"] else ""
+    steps = ", ".join(f"{how} {count}" for how, count in DEFAULT_STEPS.items() if count)
     cut = "" if settings["max_windows"] is None else f" At most {settings['max_windows']} windows of each text."
     return (
         f"Model: {settings['model']}.\n\nCalibration: {settings['num_sequences']} sequences of "
         f"{settings['calibration_window']} tokens from random places of {settings['calibration']}.{skipped}\n\n"
         f"Perplexity: {'; '.join(settings['texts'].values())}. {_window(comparison)}{cut}\n\n"
+        f"Steps of a refinement where the recipe does not give them: {steps}.\n\n"
         f"Versions: {', '.join(f'{name} {version}' for name, version in settings['versions'].items())}."
     )
 
