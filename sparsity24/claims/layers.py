@@ -20,8 +20,8 @@ from core.experiment import Comparison, Control, Evidence, Verdict, claim, verdi
 from core.plots import COLORS, figure
 from core.progress import track
 from sparsity24.layer import prune_layer, relative_loss
-from sparsity24.methods import Method, ProxPruner, SparseGPT, Wanda
-from sparsity24.presets import SparsityPreset
+from sparsity24.methods import Admm, Method, ProxPruner, SparseGPT, Wanda
+from sparsity24.presets import OTHER_DRAW, SparsityPreset
 from sparsity24.refinement import refine
 from sparsity24.synthetic import correlated_group, synthetic_layer
 
@@ -31,9 +31,10 @@ GROUP_METHODS: dict[str, Method] = {
     "prox": ProxPruner.variant("quality"),
     "Wanda": Wanda(),
     "SparseGPT": SparseGPT(),
+    "ADMM": Admm(),
     NULL: ProxPruner.variant("quality"),
 }
-COMPARED = ("prox", "Wanda", "SparseGPT")
+COMPARED = ("prox", "Wanda", "SparseGPT", "ADMM")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def prox_finds_better_masks(preset: SparsityPreset) -> Evidence:
     return Evidence(
         verdict=Verdict.all_of(comparison.verdict for comparison in against),
         headline=f"Optimal masks at rho 0.9: prox {rates['prox'][-1]:.0%}, Wanda {rates['Wanda'][-1]:.0%}, "
-        f"SparseGPT {rates['SparseGPT'][-1]:.0%}",
+        f"SparseGPT {rates['SparseGPT'][-1]:.0%}, ADMM {rates['ADMM'][-1]:.0%}",
         table=pd.DataFrame(
             {"method": list(rates), **{f"rho {rho}": [v[i] for v in rates.values()] for i, rho in enumerate(RHOS)}}
         ),
@@ -182,7 +183,12 @@ def gain_comes_from_correlation(preset: SparsityPreset) -> Evidence:
 
 
 # Every method gets the same refinement, so that what differs is the mask.
-LAYER_METHODS: dict[str, Method] = {"prox": ProxPruner.variant("fast"), "Wanda": Wanda(), "SparseGPT": SparseGPT()}
+LAYER_METHODS: dict[str, Method] = {
+    "prox": ProxPruner.variant("fast"),
+    "Wanda": Wanda(),
+    "SparseGPT": SparseGPT(),
+    "ADMM": Admm(),
+}
 
 
 @dataclass(frozen=True)
@@ -234,11 +240,12 @@ def _log_loss_of_mask(mask: Bool[Tensor, "rows width"], weight: Tensor, hessian:
     "sparsity24",
     7,
     kind="constructed",
-    statement="Lower local loss than Wanda and SparseGPT, each also with masked gradient steps.",
+    statement="Lower local loss than Wanda and SparseGPT, each also with masked gradient steps, and no worse than ADMM.",
     expected={"quick": "holds", "real": "inconclusive", "full": "inconclusive"},
 )
 def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
     """Log ratio of relative losses over seeds, each method refined by the same twenty CG steps; margin 0.
+    ADMM, the strongest of the earlier ones, by non-inferiority: at most 1 % worse.
 
     On synthetic layers with correlated inputs, or on the layers of a language model with one shared Hessian a layer,
     where a tie with SparseGPT is expected. Control: the mask found on H with its features shuffled, against Wanda's.
@@ -249,10 +256,11 @@ def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
 
     def against(kind: str, other: str) -> Comparison:
         ratios = [scores[kind, s].refined[other] - scores[kind, s].refined["prox"] for s in preset.seeds]
-        return verdict(ratios, label=f"{kind}: {other} / prox", unit=unit)
+        margin = -math.log(1.01) if other == "ADMM" else 0.0
+        return verdict(ratios, margin, label=f"{kind}: {other} / prox", unit=unit)
 
     correlated = [kind for kind in preset.layer_kinds if kind != "iid"]
-    comparisons = tuple(against(kind, other) for kind in correlated for other in ("Wanda", "SparseGPT"))
+    comparisons = tuple(against(kind, other) for kind in correlated for other in ("Wanda", "SparseGPT", "ADMM"))
     nulls = tuple(
         verdict(
             [scores[kind, s].refined["Wanda"] - scores[kind, s].on_shuffled for s in preset.seeds],
@@ -287,8 +295,6 @@ def prox_has_lower_local_loss(preset: SparsityPreset) -> Evidence:
 
 
 BETAS = (1.1, 1.05, 1.02)
-# Far from the seeds of any preset.
-OTHER_SEEDS = 1000
 
 
 @cache
@@ -318,7 +324,7 @@ def slower_schedule_is_better(preset: SparsityPreset) -> Evidence:
         for fast, slow in itertools.pairwise(BETAS)
     )
     elsewhere = [
-        np.mean([schedule_loss(1.05, kind, s + OTHER_SEEDS, preset)[0] for kind in kinds]) for s in preset.seeds
+        np.mean([schedule_loss(1.05, kind, s + OTHER_DRAW, preset)[0] for kind in kinds]) for s in preset.seeds
     ]
     null = verdict(
         [mean[1.05, s] - other for s, other in zip(preset.seeds, elsewhere, strict=True)],
