@@ -142,6 +142,20 @@ def test_a_large_lambda_makes_every_group_sparse_in_one_step(settings: MaskLearn
     assert learn_masks(_llama(), _batches(), replace(settings, lam=1e6), num_steps=1).share_24 == 1.0
 
 
+@pytest.mark.parametrize("groups", [1, 7, 100])
+def test_small_weights_together_and_large_ones_in_parts_give_the_same_masks(
+    groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In double precision: how many Newton steps the operator takes depends on what it works on at once."""
+    model = _llama(dtype=torch.float64)
+    whole = learn_masks(model, _batches(), RELATIVE, num_steps=4, checkpoint_dir=tmp_path / "whole")
+    monkeypatch.setattr(mask_learning, "_BUCKET", groups)
+    parts = learn_masks(model, _batches(), RELATIVE, num_steps=4, checkpoint_dir=tmp_path / "parts")
+    assert _same(dict(parts.masks), dict(whole.masks))
+    found, expected = _learned_weights(tmp_path / "parts"), _learned_weights(tmp_path / "whole")
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-9) for name in expected)
+
+
 def test_scale_free_masks_do_not_depend_on_the_scale_of_the_weights_and_absolute_ones_do() -> None:
     """Queries and keys divided and multiplied by 8 (a power of two: no rounding) give the same model."""
     model, scaled, batches = _llama(), _llama(), _batches()
@@ -496,7 +510,7 @@ def _perplexity(lm: CausalLM, masks: Mapping[str, Tensor]) -> float:
 
 
 def test_learned_masks_beat_magnitude_and_random_ones_on_held_out_text_for_every_seed() -> None:
-    """The margin is half of what was measured on seed 0: 13.8 against 17.6 for magnitude after 400 steps."""
+    """Measured after 400 steps on seeds 0 and 1: 13.8 and 13.7, magnitude 17.6 and 16.7; the margin is about half of that."""
     for seed in range(3):
         lm = tiny_llama(seed)
         sequences = random_sequences(_corpus()[0], num_sequences=120, window=128, seed=seed)
