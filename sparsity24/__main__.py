@@ -123,11 +123,12 @@ class _Draw:
 
     def batches(self, tokenizer: Any, context_length: int | None) -> list[Tensor]:
         from core.llm.causal import encode
-        from sparsity24.calibration import random_sequences
+        from sparsity24.calibration import excerpt, random_sequences
         from sparsity24.evaluation import load_text
 
         text = load_text(self.data, self.split, default="train").text
         window = min(self.window, context_length or self.window)
+        text = excerpt(text, num_tokens=self.sequences * window, seed=self.seed)
         return random_sequences(encode(tokenizer, text), num_sequences=self.sequences, window=window, seed=self.seed)
 
 
@@ -288,27 +289,26 @@ def compare(
     """Prune MODEL by all methods on the same draws; print and plot perplexity, loss per layer and time."""
     from core.llm.causal import CausalLM
     from sparsity24 import comparison
+    from sparsity24.comparison_page import shown_table
 
-    def load() -> CausalLM:
-        return CausalLM.load(model, device=device)
-
+    lm = CausalLM.load(model, device=device)
     found = comparison.compare(
-        load,
+        lambda: lm,
         output,
         recipes=recipe or comparison.DEFAULT_RECIPES,
         draws=range(draws),
         calibration=calibration,
         calibration_split=split,
         num_sequences=sequences,
-        calibration_window=calibration_window,
+        calibration_window=min(calibration_window, lm.context_length or calibration_window),
         texts=text or ("embedded:corpus",),
-        window=window,
+        window=min(window, lm.context_length or window),
         max_windows=max_windows,
         cloze_items=cloze_items,
         skip=skip or (),
     )
     page = found.write(output)
-    _say(found.table().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    _say(shown_table(found).to_string(index=False))
     _say(f"The page with plots and the table of layers: {page}")
 
 

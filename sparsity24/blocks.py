@@ -348,18 +348,21 @@ def _resident_when_called(home: Home, blocks: Blocks, *, dense: bool) -> Iterato
 @contextmanager
 def _replaced(blocks: Blocks, stand_in: Callable[..., Any] | None) -> Iterator[None]:
     """The forward of every block is `stand_in`, where there is one."""
+    if stand_in is None:
+        yield
+        return
     # An instance may carry a forward of its own (accelerate's hooks put one there); most do not.
     own = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
-        for block in blocks.values() if stand_in else ():
-            block.forward = stand_in
+        for block in blocks.values():
+            vars(block)["forward"] = stand_in
         yield
     finally:
-        for name, block in blocks.items() if stand_in else ():
+        for name, block in blocks.items():
             if own[name] is not None:
-                block.forward = own[name]
+                vars(block)["forward"] = own[name]
             else:
-                del block.forward
+                del vars(block)["forward"]
 
 
 def _return_hidden(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -378,7 +381,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def calm(model: nn.Module) -> Iterator[None]:
+def calm(model: Any) -> Iterator[None]:
     """Evaluation mode, no key-value cache, and experts one by one; afterwards everything as it was."""
     modes = {module: module.training for module in model.modules()}
     configs = {

@@ -40,6 +40,20 @@ def random_sequences(
     return list(torch.split(sequences, max(1, _BATCH_TOKENS // window)))
 
 
+def excerpt(text: str, *, num_tokens: int, seed: int = 0) -> str:
+    """A part of a long text, at a random place, about sixteen times as long as `num_tokens` tokens; a short one whole.
+
+    Sequences are drawn from it. A shard of C4 holds hundreds of times what is drawn, and encoding it takes longer than
+    pruning.
+    """
+    # English takes about four characters a token.
+    length = 16 * 4 * num_tokens
+    if len(text) <= length:
+        return text
+    start = int(torch.randint(len(text) - length + 1, (1,), generator=torch.Generator().manual_seed(seed)))
+    return text[start : start + length]
+
+
 def as_inputs(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """The batches as arguments of the model's body, padding taken off, so that every token that runs counts.
 

@@ -28,7 +28,7 @@ from core.llm.causal import CausalLM
 from core.machine import versions
 from core.metrics.statistics import t_interval
 from core.progress import progress
-from sparsity24.calibration import random_sequences
+from sparsity24.calibration import excerpt, random_sequences
 from sparsity24.evaluation import TokenizedText, cloze, load_text, tokenized
 from sparsity24.methods import METHODS, as_method
 from sparsity24.model import PruneReport, prune_model
@@ -362,7 +362,8 @@ class _Bench:
             "skip": sorted(skip),
             "versions": {name: version for name, version in versions().items() if name in ("torch", "transformers")},
         }
-        ids = torch.tensor(lm.encode(loaded.text))
+        drawn = num_sequences * sizes["calibration_window"]
+        ids = torch.tensor(lm.encode(excerpt(loaded.text, num_tokens=drawn)))
         # A text that is too short is refused before anything is evaluated.
         random_sequences(ids, num_sequences=1, window=sizes["calibration_window"])
         return cls(lm, ids, prepared, settings)

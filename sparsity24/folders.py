@@ -29,6 +29,7 @@ Format = Literal["dense", "packed", "sparse-24-bitmask"]
 VALUES, PLACES = ".packed_values", ".packed_places"
 COMPRESSED, BITMASK, SHAPE = ".compressed", ".bitmask", ".shape"
 _METADATA = "sparsity24"
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def as_format(name: str) -> Format:
@@ -108,6 +109,15 @@ class Folder:
         *batch, rows, kept = handle.get_slice(key).get_shape()
         width = kept // entry.pattern.n * entry.pattern.m
         return (*batch, width, rows) if entry.transposed else (*batch, rows, width)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What the tensor is stored in, without reading it; None when it is not floating-point."""
+        entry = self.entries[name]
+        handle = self._open(entry.file)
+        key = name if entry.format == "dense" else name + VALUES
+        if entry.format == "sparse-24-bitmask":
+            key = name.removesuffix(".weight") + COMPRESSED
+        return _FLOATING.get(handle.get_slice(key).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         """The dense tensor, on the CPU."""

@@ -97,10 +97,11 @@ def _add_shifts(
 def _sum_over_ranks(accumulator: GramAccumulator, width: int, device: torch.device, ranks: Ranks) -> None:
     if ranks.size == 1:
         return
-    if accumulator.sum is None or accumulator.sum_x is None:
-        accumulator.add_sums(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
-    ranks.total(accumulator.sum)
-    ranks.total(accumulator.sum_x)
+    # A process may have seen no token of an expert; it takes part in the sum all the same.
+    accumulator.add_sums(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
+    for total in (accumulator.sum, accumulator.sum_x):
+        if total is not None:
+            ranks.total(total)
     accumulator.num_tokens = int(ranks.total(torch.tensor(accumulator.num_tokens, device=device)))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from core.errors import InvalidInput
 from core.progress import Bar, progress, track
 from sparsity24 import refinement
-from sparsity24.blocks import Home, InMemory, OnDevice, Stack, Survey, block_skips, calm, record, survey
+from sparsity24.blocks import Home, InMemory, OnDevice, Stack, Survey, calm, record, survey
+from sparsity24.blocks import block_skips as block_skips
 from sparsity24.blocks import find_blocks as find_blocks
 from sparsity24.calibration import Batch, as_inputs
 from sparsity24.grams import Group, LayerInputs, collect, shifted_target
@@ -126,7 +127,7 @@ class Job:
         """The fields that a report shows."""
         # A user's own method need not be a dataclass; ours are.
         method = self.method
-        params = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+        params: dict[str, Any] = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
         return {
             "method": method.name,
             "method_params": {name: value for name, value in params.items() if name != "pattern"},
@@ -336,13 +337,13 @@ def _prune_group(
             weight, _ = refinement.refine(raw, pruned.mask, target[mine], inputs.gram, job.refine, steps=job.steps)
         if mine != slice(None):
             raw, weight = ranks.gather(raw, len(target)), ranks.gather(weight, len(target))
-        results = list(weight.split(sizes))
+        results = list(torch.split(weight, sizes))
         losses = [
             relative_loss(part, goal, inputs.gram)
-            for part, goal in zip(raw.split(sizes), target.split(sizes), strict=True)
+            for part, goal in zip(torch.split(raw, sizes), torch.split(target, sizes), strict=True)
         ]
     for ref, view, after, goal, dtype, loss in zip(
-        group, views, results, target.split(sizes), kept_in, losses, strict=True
+        group, views, results, torch.split(target, sizes), kept_in, losses, strict=True
     ):
         rounded = after.to(dtype)
         if not torch.isfinite(rounded).all() or not pattern.holds(rounded):

@@ -57,7 +57,7 @@ def refine(
     """Weights on `mask` with a lower local loss, started from `weight`: min of Tr((W - W0) H (W - W0)^T).
 
     `gd` takes the paper's gradient steps of length 1/L; `nesterov` and `cg` work in the metric of diag(H); `exact` solves
-    every row by Cholesky factorisation and ignores `steps`. Iterations end early at a relative residual of `tol`. No
+    every row by Cholesky factorisation and ignores `steps`. A row is done early at a relative residual of `tol`. No
     row's loss rises: a row that rounding or momentum would leave worse keeps its start. Raises `InvalidInput` on NaN, on
     shapes that differ, on an unknown `how` and on negative `steps`.
     """
@@ -86,7 +86,7 @@ def refine(
         # A feature that was never seen keeps its weight: no loss depends on it.
         free = (mask[piece] & (scale > 0)).to(w0.dtype)
         target, origin = w0[piece] * scale, start[piece] * scale
-        norm = float((target * free).square().sum())
+        norm = (target * free).square().sum(1, keepdim=True)
         before = (origin - target) @ a
         v = origin.clone()
         after = before.clone()
@@ -94,7 +94,7 @@ def refine(
         worse = ((after * (v - target)).sum(1) > (before * (origin - target)).sum(1)).nonzero().squeeze(1)
         v[worse], after[worse] = origin[worse], before[worse]
         residual += float(after.mul_(free).square_().sum())
-        size += norm
+        size += float(norm.sum())
         result[piece] = v.mul_(inverse)
     unseen = (scale == 0).nonzero().squeeze(1)
     result[:, unseen] = start[:, unseen]
@@ -104,12 +104,15 @@ def refine(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Curvature A, the places that may move (1 or 0), step length a feature, squared gradient norm that is enough."""
+    """Curvature A, the places that may move (1 or 0), step length a feature, squared gradient norm that is enough.
+
+    A row that has enough stands still, so that its weights do not depend on which other rows are solved with it.
+    """
 
     a: Tensor
     free: Tensor
     rate: Tensor
-    enough: float
+    enough: Float[Tensor, "rows 1"]
 
 
 # Moves `v` and with it the gradient (v - target) A, both in place; returns the steps taken. The gradient of a quadratic
@@ -120,9 +123,10 @@ Solver = Callable[[Tensor, Tensor, _Problem, int], int]
 def _gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
     for step in range(steps):
         masked = gradient * problem.free
-        if float(masked.square().sum()) <= problem.enough:
+        going = masked.square().sum(1, keepdim=True) > problem.enough
+        if not bool(going.any()):
             return step
-        move = masked.mul_(problem.rate)
+        move = masked.mul_(problem.rate).mul_(going)
         v -= move
         gradient -= move @ problem.a
     return steps
@@ -131,7 +135,8 @@ def _gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int
 def _nesterov(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
     point, ahead, momentum = v.clone(), gradient.clone(), 1.0
     for step in range(steps):
-        if float((gradient * problem.free).square().sum()) <= problem.enough:
+        going = (gradient * problem.free).square().sum(1, keepdim=True) > problem.enough
+        if not bool(going.any()):
             return step
         downhill = ahead * problem.free
         move = downhill * problem.rate
@@ -142,8 +147,8 @@ def _nesterov(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int
         push = torch.where(uphill, 0.0, (momentum - 1) / following)
         point = after + push * (after - v)
         ahead = after_gradient + push * (after_gradient - gradient)
-        v.copy_(after)
-        gradient.copy_(after_gradient)
+        torch.where(going, after, v, out=v)
+        torch.where(going, after_gradient, gradient, out=gradient)
         momentum = following
     return steps
 
@@ -156,12 +161,13 @@ def _conjugate_gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: i
     # |direction|^2 by its own recurrence: the new gradient is orthogonal to the old direction.
     extent = square
     for step in range(steps):
-        if float(square.sum()) <= problem.enough:
+        going = square > problem.enough
+        if not bool(going.any()):
             return step
         torch.mm(direction, problem.a, out=image)
         bend = _row_dot(direction, image, masked)
         # A direction that the inputs never span has no curvature; moving along it is noise.
-        length = torch.where(bend <= eps * extent, 0.0, square / bend)
+        length = torch.where(going & (bend > eps * extent), square / bend, 0.0)
         v.addcmul_(direction, length)
         gradient.addcmul_(image, length)
         torch.mul(gradient, problem.free, out=masked)

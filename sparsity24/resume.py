@@ -70,7 +70,7 @@ class FinishedBlocks:
         from sparsity24.model import LayerReport
 
         with safe_open(self.path(name), framework="pt") as file:
-            header = json.loads(file.metadata()["sparsity24"])
+            header = json.loads(file.metadata()["block"])
             if header["dense"] != dense:
                 raise CheckpointError(
                     f"{self.path(name)} came from other weights than this model's. Remove {self.folder} to start anew."
@@ -89,5 +89,5 @@ class FinishedBlocks:
         # With the first block, so that a run that is refused before it leaves nothing.
         write_atomic(self.folder / KEY_NAME, self._key)
         partial = self.path(name).with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt", "sparsity24": json.dumps(header)})
+        save_file(tensors, partial, metadata={"format": "pt", "block": json.dumps(header)})
         partial.replace(self.path(name))

@@ -24,6 +24,7 @@ from core.files import write_atomic
 from sparsity24.blocks import Blocks, calm, find_blocks, survey
 from sparsity24.calibration import Batch, as_inputs
 from sparsity24.card import model_card
+from sparsity24.folders import Folder
 from sparsity24.methods import Method, as_method, pattern_of
 from sparsity24.model import Job, PruneReport, one_sequence, prune_blocks
 from sparsity24.places import REPORT_NAME, Place, write_report
@@ -34,34 +35,6 @@ from sparsity24.weights import select
 INDEX_NAME = "model.safetensors.index.json"
 # A file of what lies outside the blocks is closed when it has grown to this.
 _SHARD_BYTES = 2 << 30
-
-
-class Checkpoint:
-    """The tensors of a folder of safetensors, by name, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise InvalidInput(f"{folder} is no saved model: it has no config.json.")
-        self.folder = folder
-        self.files: dict[str, Path] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    self.files[key] = path
-        if not self.files:
-            raise InvalidInput(f"{folder} holds no *.safetensors.")
-
-    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors, as they are stored; each file is opened once."""
-        found = {}
-        for path in sorted({self.files[key] for key in keys}):
-            with safe_open(path, framework="pt") as file:
-                for key in keys:
-                    if self.files[key] == path:
-                        # A copy, since the file's pages would otherwise stay mapped.
-                        found[key] = file.get_tensor(key).clone()
-        return found
 
 
 def prune_checkpoint(
@@ -90,20 +63,19 @@ def prune_checkpoint(
         raise InvalidInput(f"{output_dir} exists. Choose another folder, or remove it first.")
     job = Job(as_method(method), refine, steps, target_mix)
     started = time.perf_counter()
-    source = Checkpoint(folder)
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(f"{folder} is no saved model: it has no config.json.")
+    source = Folder(folder)
     device = torch.device(device)
     model = _empty_model(folder)
     names = _stored_names(model, source)
-    compute = dtype or (torch.float32 if device.type == "cpu" else _stored_dtype(source))
+    stored_dtypes = _dtypes(source, names)
+    compute = dtype or (torch.float32 if device.type == "cpu" else next(iter(stored_dtypes.values())))
     blocks = find_blocks(model)
     _load_outside(model, blocks, names, source, compute)
     inputs = as_inputs(model, batches)
-    stored_dtypes = _dtypes(source, names)
     work = output_dir.with_name(f".{output_dir.name}.partial")
-    key = {
-        **job.key(inputs, skip),
-        "source": sorted((path.name, path.stat().st_size) for path in set(source.files.values())),
-    }
+    key = {**job.key(inputs, skip), "computed in": str(compute)}
     finished = FinishedBlocks(work, key, lambda name, _: (names[name], stored_dtypes[name]))
     home = Streamed(blocks, names, source, finished, device, compute)
     with torch.no_grad(), calm(model):
@@ -159,7 +131,7 @@ class Streamed:
         self,
         blocks: Blocks,
         names: Mapping[str, str],
-        source: Checkpoint,
+        source: Folder,
         finished: FinishedBlocks,
         device: torch.device,
         dtype: torch.dtype,
@@ -175,7 +147,7 @@ class Streamed:
         block = self._blocks[name]
         own = {key: f"{name}.{key}" for key, _ in [*block.named_parameters(), *block.named_buffers()]}
         own = {key: full for key, full in own.items() if full in self._names}
-        stored = self._source.read([self._names[full] for full in own.values()])
+        stored = _read(self._source, [self._names[full] for full in own.values()])
         if not dense and self._finished.path(name).exists():
             with safe_open(self._finished.path(name), framework="pt") as file:
                 stored.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - not a dict
@@ -200,54 +172,53 @@ def _empty_model(folder: Path) -> Any:
     with init_empty_weights(include_buffers=False):
         if named and named[0] is not None:
             return named[0](config)
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(config, trust_remote_code=False)
 
 
-def _stored_names(model: Any, source: Checkpoint) -> dict[str, str]:
+def _stored_names(model: Any, source: Folder) -> dict[str, str]:
     """By parameter or buffer, its name in the files: as the model calls it, with or without the prefix of its body."""
     prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     names, missing = {}, []
     for key in model.state_dict():
-        stored = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in source.files), None)
+        stored = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in source.entries), None)
         if stored is not None:
             names[key] = stored
         elif key not in tied:
             missing.append(key)
     if missing:
         raise InvalidInput(
-            f"{source.folder} stores {len(missing)} weights under other names than the model has ({missing[0]}, ...). Load it "
+            f"{source.path} stores {len(missing)} weights under other names than the model has ({missing[0]}, ...). Load it "
             "as a whole and use prune_model."
         )
     return names
 
 
-def _stored_dtype(source: Checkpoint) -> torch.dtype:
-    key = next(iter(source.files))
-    return source.read([key])[key].dtype
-
-
-def _dtypes(source: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.dtype]:
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored = {}
-    for path in sorted(set(source.files.values())):
-        with safe_open(path, framework="pt") as file:
-            stored.update({key: kinds.get(file.get_slice(key).get_dtype()) for key in file.keys()})  # noqa: SIM118
-    strange = [name for name, key in names.items() if stored[key] is None and name.endswith("weight")]
+def _dtypes(source: Folder, names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    stored = {name: source.dtype(key) for name, key in names.items()}
+    strange = [name for name, kind in stored.items() if kind is None and name.endswith("weight")]
     if strange:
         raise InvalidInput(
             f"`{strange[0]}` is stored in a type that is not floating-point: prune a checkpoint that is not quantised."
         )
-    return {name: kind for name, key in names.items() if (kind := stored[key]) is not None}
+    return {name: kind for name, kind in stored.items() if kind is not None}
+
+
+def _read(source: Folder, keys: Sequence[str]) -> dict[str, Tensor]:
+    # Copies, since the pages of the files would otherwise stay mapped.
+    found = {key: source.tensor(key).clone() for key in keys}
+    source.let_go()
+    return found
 
 
 def _load_outside(
-    model: nn.Module, blocks: Blocks, names: Mapping[str, str], source: Checkpoint, dtype: torch.dtype
+    model: nn.Module, blocks: Blocks, names: Mapping[str, str], source: Folder, dtype: torch.dtype
 ) -> None:
     from accelerate.utils import set_module_tensor_to_device
 
     outside = [key for key in names if not any(key.startswith(f"{name}.") for name in blocks)]
-    values = source.read([names[key] for key in outside])
+    values = _read(source, [names[key] for key in outside])
     for key in outside:
         value = values.pop(names[key])
         kind = dtype if value.is_floating_point() else value.dtype
@@ -255,7 +226,7 @@ def _load_outside(
     model.tie_weights()  # type: ignore[operator]
 
 
-def _complete(source: Checkpoint, finished: FinishedBlocks, pruned: Sequence[str]) -> None:
+def _complete(source: Folder, finished: FinishedBlocks, pruned: Sequence[str]) -> None:
     """Add to the finished blocks the other tensors, the index and the files that lie beside the source's weights."""
     work = finished.folder
     weight_map: dict[str, str] = {}
@@ -263,9 +234,9 @@ def _complete(source: Checkpoint, finished: FinishedBlocks, pruned: Sequence[str
         with safe_open(finished.path(name), framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), finished.path(name).name)
     rest: dict[str, Tensor] = {}
-    left = [key for key in source.files if key not in weight_map]
+    left = [key for key in source.entries if key not in weight_map]
     for number, key in enumerate(left):
-        rest |= source.read([key])
+        rest |= _read(source, [key])
         if number == len(left) - 1 or sum(tensor.nbytes for tensor in rest.values()) > _SHARD_BYTES:
             name = f"rest-{number:05d}.safetensors"
             save_file(rest, work / name, metadata={"format": "pt"})
@@ -273,7 +244,7 @@ def _complete(source: Checkpoint, finished: FinishedBlocks, pruned: Sequence[str
             rest = {}
     size = sum((work / name).stat().st_size for name in set(weight_map.values()))
     write_atomic(work / INDEX_NAME, json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
-    for path in source.folder.iterdir():
+    for path in source.path.iterdir():
         if (
             path.is_file()
             and path.suffix in (".json", ".txt", ".model", ".jinja")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -68,7 +69,7 @@ def matrices(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, dic
 
 
 def _num_experts(model: nn.Module) -> set[int]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return {count for name in names if isinstance(count := getattr(text, name, None), int)}

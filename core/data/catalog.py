@@ -63,7 +63,14 @@ CATALOG: dict[str, HubHome | None] = {
 }
 
 _RAW_TEXT = (".txt", ".tokens", ".raw")
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".csv": "csv",
+}
 _SPLIT_PREFIXES = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
 _HUB_SPLITS = {"valid": "validation"}
 
@@ -208,7 +215,7 @@ def _load_corpus(spec: str, split: str | None) -> LoadedData:
 
 def _load_folder(spec: str, path: Path, split: str | None) -> LoadedData:
     files = _files_of_split(spec, path, split)
-    suffixes = {file.suffix for file in files}
+    suffixes = {_kind(file) for file in files}
     if not suffixes <= set(_RAW_TEXT) and len(suffixes) > 1:
         raise InvalidInput(f"{spec} mixes {', '.join(sorted(suffixes))} files; name one file with folder:PATH.")
     home = f"the file {path.name}" if path.is_file() else f"the folder {path.name}"
@@ -235,14 +242,19 @@ def _load_folder(spec: str, path: Path, split: str | None) -> LoadedData:
     return LoadedData(spec, split, home, content_hash, rows)
 
 
+def _kind(file: Path) -> str:
+    """The ending that says how a file is read: .csv, .json.gz, ..."""
+    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+
+
 def _data_files(path: Path) -> list[Path]:
     if path.is_file():
-        files = [path] if path.suffix in (*_RAW_TEXT, *_BUILDERS) else []
+        files = [path] if _kind(path) in (*_RAW_TEXT, *_BUILDERS) else []
     else:
         files = [
             file
             for file in sorted(path.iterdir())
-            if file.suffix in (*_RAW_TEXT, *_BUILDERS)
+            if _kind(file) in (*_RAW_TEXT, *_BUILDERS)
             and not file.stem.upper().startswith(("README", "LICENSE", "SOURCE"))
         ]
     if not files:

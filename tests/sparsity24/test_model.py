@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsity24.calibration import random_sequences
+from sparsity24.calibration import excerpt, random_sequences
 from sparsity24.export import verify
 from sparsity24.layer import prune_layer, relative_loss
 from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
@@ -313,6 +313,15 @@ def test_blocks_are_found_by_what_transformers_calls_a_block() -> None:
     assert list(find_blocks(plain)) == [f"stack.{i}" for i in range(5)]
     with pytest.raises(ValueError, match="prune_layer"):
         find_blocks(nn.Linear(4, 4))
+
+
+def test_an_excerpt_is_a_part_of_a_long_text_that_the_seed_places_and_a_short_text_is_whole() -> None:
+    text = "".join(chr(0x4E00 + i % 20000) for i in range(50000))
+    part = excerpt(text, num_tokens=100, seed=3)
+    assert len(part) == 6400
+    assert part in text
+    assert part == excerpt(text, num_tokens=100, seed=3) != excerpt(text, num_tokens=100, seed=4)
+    assert excerpt(text, num_tokens=1000) is text
 
 
 def test_random_sequences_are_windows_of_the_text_and_a_short_text_is_refused() -> None:
