@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from core.errors import InvalidInput, TenfoldError
+from core.errors import InvalidInput, TenfoldError, unknown_name
 
 # Above the first, or with t3 <= second * t1 * t2, two entries are the global minimum (reference 3.2, early-out).
 MAX_DENSE = 0.5 + math.sqrt(0.5)
@@ -65,7 +65,9 @@ def r24(w: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
     return (a * b * (c + d) + c * d * (a + b)).sum(-1).to(w.dtype)
 
 
-def prox24(z: Float[Tensor, "*batch width"], lam: float | Tensor) -> Float[Tensor, "*batch width"]:
+def prox24(
+    z: Float[Tensor, "*batch width"], lam: float | Tensor, *, backend: str = "eager"
+) -> Float[Tensor, "*batch width"]:
     """Global minimiser of 1/2 ||w - z||^2 + lam * r(w) in every group of four of the last dimension (reference 3.2).
 
     `lam` has the units of 1 / |z| and is a number, or a tensor that broadcasts to `z[..., :1]` or to one value a group.
@@ -73,6 +75,9 @@ def prox24(z: Float[Tensor, "*batch width"], lam: float | Tensor) -> Float[Tenso
     equal magnitudes to the lower index. Half precision is computed in float32. Raises `InvalidInput` (a `ValueError`)
     on a width that is not a multiple of 4, on NaN or infinite `z`, and on a negative or non-finite `lam`; `TypeError` on
     integers and complex numbers.
+
+    `backend` "compiled" takes the same steps in one loop made by `torch.compile`, in float32 (`sparsity24.prox_compiled`):
+    two to four times faster where most groups are active, after a minute or two of compiling.
     """
     x = _widened(z)
     _require_finite(x, "z")
@@ -85,7 +90,7 @@ def prox24(z: Float[Tensor, "*batch width"], lam: float | Tensor) -> Float[Tenso
     planes = torch.empty((4, len(rows)), dtype=x.dtype, device=x.device)
     for plane, member in zip(planes, rows.unbind(1), strict=True):
         plane.copy_(member)
-    prox_planes(planes, strength, out=planes)
+    prox_planes(planes, strength, out=planes, backend=backend)
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for plane, member in zip(planes, result.unbind(1), strict=True):
         member.copy_(plane)
@@ -157,11 +162,29 @@ def is_24(w: Float[Tensor, ...], dim: int = -1) -> bool:
     return bool((group_support(w.movedim(dim, -1)) <= 2).all())
 
 
-def prox_planes(z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups"], out: Tensor) -> int:
+def check_backend(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse an unknown backend, and a dtype that it has no code for."""
+    if backend not in ("eager", "compiled"):
+        raise unknown_name("backend of the prox", backend, ("eager", "compiled"))
+    if backend == "compiled" and dtype != torch.float32:
+        raise InvalidInput(f"The compiled prox works in float32; got {dtype}. Use backend='eager'.")
+
+
+def prox_planes(
+    z: Float[Tensor, "4 groups"], lam: float | Float[Tensor, "groups"], out: Tensor, *, backend: str = "eager"
+) -> int:
     """Write prox_lam of every column of `z` into `out` (may be `z`); the number of columns left with over two non-zeros.
 
     The work-horse behind `prox24`, without its checks: contiguous planes, float32 or float64, finite, `lam` > 0.
     """
+    check_backend(backend, z.dtype)
+    if backend == "compiled":
+        from sparsity24.prox_compiled import compiled_prox
+
+        # A tensor, since a number would be compiled in.
+        solved, over = compiled_prox()(z, torch.as_tensor(lam, dtype=z.dtype, device=z.device))
+        out.copy_(solved)
+        return int(over.sum())
     chunk = _CPU_CHUNK if z.device.type == "cpu" else _GPU_CHUNK
     num_over, unfinished = 0, []
     for start in range(0, z.shape[1], chunk):

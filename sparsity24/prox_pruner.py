@@ -24,7 +24,7 @@ from sparsity24.problem import (
     prepared,
     result_of,
 )
-from sparsity24.prox import MAX_DENSE, prox_planes, top2_mask
+from sparsity24.prox import MAX_DENSE, check_backend, prox_planes, top2_mask
 
 # A negative eigenvalue of this share of mean(diag H) is rounding and does no harm in hundreds of steps.
 _SLACK = 1e-4
@@ -41,6 +41,7 @@ class ProxPruner:
     * `row_scale` measures lambda in the root mean square of each row; without it of the whole matrix.
     * `momentum` extrapolates before each gradient step (our extension; 0 is the paper).
     * `stop` ends the loop at this share of 2:4 groups; the others are projected. `damping` is relative to mean(diag H).
+    * `backend` "compiled" runs the operator through `torch.compile`, for long runs and GPUs.
     """
 
     splits_rows: ClassVar[bool] = True
@@ -53,6 +54,7 @@ class ProxPruner:
     stop: float = 0.999
     max_iter: int = 2000
     damping: float = 1e-4
+    backend: str = "eager"
 
     def __post_init__(self) -> None:
         """Refuse settings under which the loop could not work."""
@@ -61,6 +63,7 @@ class ProxPruner:
         check_setting(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         check_setting(0 < self.stop <= 1, "stop", self.stop, "in (0, 1]")
         check_at_least(0, damping=self.damping)
+        check_backend(self.backend)
 
     @classmethod
     def variant(cls, name: str) -> ProxPruner:
@@ -122,7 +125,7 @@ class ProxPruner:
             moved = torch.addmm(offset, step, point)
             planes = moved.view(4, -1)
             smallest = min(smallest, _smallest_peak(planes))
-            num_over = context.sum(prox_planes(planes, lam, out=planes), w0.device)
+            num_over = context.sum(prox_planes(planes, lam, out=planes, backend=self.backend), w0.device)
             previous, v = v, moved
             lams.append(lam)
             shares.append(1 - num_over / num_groups if num_groups else 1.0)
