@@ -283,7 +283,7 @@ class _ProcessWorker(_Worker):
             self._log = (log_dir / f"{name.replace('/', '-')}.log").open("ab+")
         self._log_start = self._log.seek(0, os.SEEK_END)
         self.connection, theirs = Pipe()
-        paths = [str(Path(path or ".").resolve()) for path in sys.path]
+        paths = _search_path()
         # A session of its own: Ctrl-C reaches the parent only, and the whole group can be ended.
         self.process = subprocess.Popen(
             [sys.executable, "-c", _CHILD.format(paths=paths, fd=theirs.fileno())],
@@ -315,6 +315,11 @@ class _ProcessWorker(_Worker):
         self._log.seek(max(self._log_start, self._log.seek(0, os.SEEK_END) - 4000))
         tail = self._log.read().decode(errors="replace").strip()
         return f"The worker process ended by {how}." + (f" Its last output:\n{tail}" if tail else "")
+
+
+def _search_path() -> list[str]:
+    """Where this process finds modules, wherever another one starts; the mark of an editable install is no folder."""
+    return [str(Path(path or ".").resolve()) if Path(path or ".").exists() else path for path in sys.path]
 
 
 _CHILD = "import sys; sys.path[:] = {paths!r}; from core.parallel import _serve; _serve({fd})"
@@ -420,7 +425,7 @@ class _RayWorker(_Worker):
         self.failure = ""
         # Two threads: one makes the call while the other answers `drain`.
         options = {"num_cpus": 1, "max_concurrency": 2, "runtime_env": {"env_vars": dict(environment)}}
-        self.actor = ray.remote(**options)(_Actor).remote([str(Path(path or ".").resolve()) for path in sys.path])
+        self.actor = ray.remote(**options)(_Actor).remote(_search_path())
 
     def send(self, payload: bytes) -> None:
         self.call = self.actor.make_call.remote(payload)
