@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from core.errors import InvalidInput
 from core.progress import Bar, progress, track
 from sparsity24 import refinement
-from sparsity24.blocks import Home, InMemory, OnDevice, Stack, Survey, calm, record, survey
-from sparsity24.blocks import block_skips as block_skips
-from sparsity24.blocks import find_blocks as find_blocks
+from sparsity24.blocks import (
+    Home,
+    InMemory,
+    OnDevice,
+    Stack,
+    Survey,
+    block_skips,
+    calm,
+    find_blocks,
+    record,
+    survey,
+)
 from sparsity24.calibration import Batch, as_inputs
 from sparsity24.grams import Group, LayerInputs, collect, shifted_target
 from sparsity24.layer import prune_layer

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from core.errors import InvalidInput
 from core.progress import track
+from sparsity24.blocks import find_blocks
 from sparsity24.folders import Folder
-from sparsity24.model import PruneReport, find_blocks
+from sparsity24.model import PruneReport
 from sparsity24.packing import DTYPES, mask_digest
 from sparsity24.pattern import TWO_FOUR, Pattern
 from sparsity24.places import Place, Places, as_in_the_model, read_report

@@ -24,10 +24,11 @@ from core.experiment import Comparison, Control, Evidence, Verdict, claim, verdi
 from core.llm.causal import CausalLM
 from core.plots import COLORS, figure
 from core.progress import track
+from sparsity24.blocks import block_skips
 from sparsity24.calibration import random_sequences
 from sparsity24.evaluation import Cloze, cloze
 from sparsity24.methods import Magnitude, Method, ProxPruner, SparseGPT, Wanda, as_method
-from sparsity24.model import block_skips, dense_grams, prune_model
+from sparsity24.model import dense_grams, prune_model
 from sparsity24.presets import OTHER_DRAW, SparsityPreset
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsity24.blocks import block_skips, find_blocks
 from sparsity24.calibration import excerpt, random_sequences
 from sparsity24.export import verify
 from sparsity24.layer import prune_layer, relative_loss
 from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
-from sparsity24.model import block_skips, dense_grams, find_blocks, prune_model
+from sparsity24.model import dense_grams, prune_model
 from sparsity24.prox import is_24
 
 VOCAB = 40
@@ -290,6 +291,66 @@ def test_meta_and_quantised_weights_are_refused() -> None:
         model = _llama()
     with pytest.raises(ValueError, match="meta"):
         prune_model(model, _batches())
+
+
+def test_integer_weights_are_refused_by_name() -> None:
+    model = _llama()
+    layer = model.model.layers[1].mlp.gate_proj
+    layer.weight = nn.Parameter(layer.weight.detach().mul(100).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj.*int8"):
+        prune_model(model, _batches())
+
+
+def test_weights_sharded_over_devices_are_refused_by_name() -> None:
+    from torch import distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model = _llama()
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+        with pytest.raises(ValueError, match=r"q_proj.*DTensor"):
+            prune_model(model, _batches())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_token_counts_the_same_however_long_its_sequence_is() -> None:
+    generator = torch.Generator().manual_seed(5)
+    long, short = (torch.randint(VOCAB, (1, length), generator=generator) for length in (40, 8))
+    model = _llama()
+    padded = torch.zeros(2, 40, dtype=torch.long)
+    padded[0], padded[1, :8] = long, short
+    mask = torch.zeros_like(padded)
+    mask[0], mask[1, :8] = 1, 1
+    separate = dense_grams(model, [long, short])
+    together = dense_grams(model, [{"input_ids": padded, "attention_mask": mask}])
+    whole = _literal_inputs(
+        model, separate[0].name, [{"input_ids": x, "attention_mask": x >= 0} for x in (long, short)]
+    )
+    assert torch.allclose(separate[0].hessian.double(), whole.T @ whole / 48, rtol=1e-4, atol=1e-6)
+    for one, other in zip(separate, together, strict=True):
+        assert torch.allclose(one.hessian, other.hessian, rtol=1e-4, atol=1e-6), one.name
+
+
+def test_padding_on_the_left_is_taken_off_and_holes_are_refused() -> None:
+    batch = _batches(1)[0]
+    left = torch.cat([torch.full((2, 6), 3), batch], 1)
+    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(batch)], 1)
+    plain = dense_grams(_llama(), [batch])
+    padded = dense_grams(_llama(), [{"input_ids": left, "attention_mask": mask}])
+    assert all(torch.equal(a.hessian, b.hessian) for a, b in zip(plain, padded, strict=True))
+    mask[0, 10] = 0
+    with pytest.raises(ValueError, match="holes"):
+        prune_model(_llama(), [{"input_ids": left, "attention_mask": mask}])
+
+
+def test_too_little_calibration_is_said_once() -> None:
+    with pytest.warns(UserWarning, match="fewer tokens than they have inputs") as caught:
+        prune_model(_llama(), [_batches(1)[0][:1, :5]], "sparsegpt")
+    assert sum("fewer tokens" in str(warning.message) for warning in caught) == 1
 
 
 def test_the_same_call_gives_the_same_masks() -> None:
