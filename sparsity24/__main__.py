@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "`testbed:tiny_llama`, `pretrained:smollm2-135m` (both offline), `hub:OWNER/NAME` or `folder:PATH`."
-DATA_HELP = "`embedded:corpus` (offline), `hub:OWNER/NAME:CONFIG`, `folder:PATH`, or a name such as `wikitext2`."
+DATA_HELP = (
+    "`embedded:corpus` (offline), `hub:OWNER/NAME:CONFIG`, `folder:PATH` (or a file), or a name such as `wikitext2`."
+)
 METHOD_HELP = (
     "prox-fast, prox, prox-quality, prox-paper, sparsegpt, alps, admm, dsnot, wanda, magnitude, random; or learned: masks "
     "trained end to end."
@@ -71,17 +73,20 @@ def prune(
 ) -> None:
     """Prune MODEL and save the sparse one. The same call goes on after an interruption, and torchrun shares the work."""
     from core.errors import InvalidInput
-    from sparsity24.folders import as_format
+    from sparsity24.export import check_format
     from sparsity24.methods import as_method
     from sparsity24.model import Job
     from sparsity24.pattern import Pattern
 
     # Before hours of work, not after.
     chosen = as_method("magnitude" if method == "learned" else method, seed=seed, pattern=Pattern.parse(pattern))
-    Job(chosen, refine, steps, target_mix)
-    as_format(format)
+    Job(chosen, refine, steps, target_mix=target_mix)
+    check_format(format, pattern)
     if output.exists():
         raise InvalidInput(f"{output} exists. Choose another folder with --output, or remove it first.")
+    _check_device(device)
+    if (unfinished := _unfinished(output)).exists():
+        _say(f"Going on with the unfinished run in {unfinished}.")
     streamed = model.startswith(("folder:", "hub:")) if stream is None else stream
     if streamed and not model.startswith(("folder:", "hub:")):
         raise InvalidInput(f"Only folder: and hub: models are streamed; {model} is loaded as a whole (--no-stream).")
@@ -103,11 +108,15 @@ def prune(
             learning = learning_steps if method == "learned" else 0
             report = _in_memory(model, output, chosen, draw, settings, target, format, learning, first=first)
         if first:
+            if all(layer.mask_rel_loss == 0 for layer in report.layers):
+                _say(f"All {len(report.layers)} matrices are {report.pattern} already: nothing was changed.")
+            else:
+                _say(
+                    f"{len(report.layers)} matrices pruned by {report.method} in {report.seconds:.0f} s, {len(report.skipped)} "
+                    f"left dense; the squared error of their outputs is {report.mean_rel_loss:.2%} of the outputs (mean)."
+                )
             _say(
-                f"{len(report.layers)} weights pruned by {report.method} in {report.seconds:.0f} s, mean relative loss "
-                f"{report.mean_rel_loss:.4f}; {len(report.skipped)} left dense. Calibrated on {report.num_tokens} tokens of "
-                f"{draw.data}.\nSaved to {output}. Next: python -m sparsity24 "
-                + (f"evaluate folder:{output}" if format == "dense" else f"verify {output}")
+                f"Calibrated on {report.calibration}.\nSaved to {output}. Next: python -m sparsity24 evaluate folder:{output}"
             )
 
 
@@ -121,7 +130,10 @@ class _Draw:
     window: int
     seed: int
 
-    def batches(self, tokenizer: Any, context_length: int | None) -> list[Tensor]:
+    def batches(self, tokenizer: Any, context_length: int | None) -> tuple[list[Tensor], str]:
+        """The sequences, and in words what they are."""
+        import torch
+
         from core.llm.causal import encode
         from sparsity24.calibration import excerpt, random_sequences
         from sparsity24.evaluation import load_text
@@ -129,7 +141,29 @@ class _Draw:
         text = load_text(self.data, self.split, default="train").text
         window = min(self.window, context_length or self.window)
         text = excerpt(text, num_tokens=self.sequences * window, seed=self.seed)
-        return random_sequences(encode(tokenizer, text), num_sequences=self.sequences, window=window, seed=self.seed)
+        if window < self.window:
+            _say(f"Windows of {self.window} tokens are cut to the model's context of {window}.")
+        drawn = random_sequences(encode(tokenizer, text), num_sequences=self.sequences, window=window, seed=self.seed)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if len(drawn) < processes:
+            # Smaller batches, so that every process has one.
+            drawn = list(torch.split(torch.cat(drawn), max(1, self.sequences // processes)))
+        part = f" ({self.split})" if self.split else ""
+        return drawn, f"{self.sequences} sequences of {window} tokens of {self.data}{part}, seed {self.seed}"
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    from core.errors import InvalidInput
+
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidInput(f"There is no CUDA device here; leave --device {device} out.")
+
+
+def _unfinished(output: Path) -> Path:
+    """Where a run keeps what it has until it is complete; the name that `prune_checkpoint` uses."""
+    return output.with_name(f".{output.name}.unfinished")
 
 
 def _from_files(
@@ -149,6 +183,7 @@ def _from_files(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from core.errors import InvalidInput
     from sparsity24.export import convert
     from sparsity24.model import PruneReport
     from sparsity24.places import REPORT_NAME
@@ -156,15 +191,20 @@ def _from_files(
 
     folder = local_folder(model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    batches = draw.batches(tokenizer, getattr(config, "max_position_embeddings", None))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{folder} has no tokenizer that loads. Save it beside the model with tokenizer.save_pretrained({str(folder)!r})."
+        ) from error
+    batches, said = draw.batches(tokenizer, getattr(config, "max_position_embeddings", None))
     dense = output if format == "dense" else output.with_name(f".{output.name}.dense")
     if dense.exists():
         # What an interruption just before the conversion left.
         report = PruneReport.from_dict(json.loads((dense / REPORT_NAME).read_text()))
     else:
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        report = prune_checkpoint(folder, dense, batches, method, device=where, **settings)
+        report = prune_checkpoint(folder, dense, batches, method, device=where, calibration=said, **settings)
     if first and dense != output:
         convert(dense, output, format)
         shutil.rmtree(dense)
@@ -191,8 +231,8 @@ def _in_memory(
     from sparsity24.model import prune_model
 
     lm = CausalLM.load(model, device=device)
-    batches = draw.batches(lm.tokenizer, lm.context_length)
-    unfinished = output.with_name(f".{output.name}.unfinished")
+    batches, said = draw.batches(lm.tokenizer, lm.context_length)
+    unfinished = _unfinished(output)
     if learning_steps:
         from sparsity24.mask_learning import learn_masks
 
@@ -206,6 +246,7 @@ def _in_memory(
             checkpoint_every=50,
         )
     report = prune_model(lm.model, batches, method, resume_dir=unfinished / "blocks", **settings)
+    report = replace(report, calibration=said)
     if first:
         save(lm.model, lm.tokenizer, output, report, format=format)
         shutil.rmtree(unfinished)
@@ -249,20 +290,32 @@ def evaluate(
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="The zero-shot tasks through lm-eval instead (extra `eval`).")
     ] = False,
+    cloze: Annotated[
+        int, typer.Option(help="Also so many items of the offline zero-shot proxy: which of four endings belongs?")
+    ] = 0,
     limit: Annotated[int | None, typer.Option(help="With --zero-shot: the first items of each task only.")] = None,
     device: Device = None,
 ) -> None:
     """Print the perplexity of MODEL on a text, with the window that it depends on, or its zero-shot accuracy."""
-    from core.llm.causal import CausalLM
     from sparsity24 import evaluation
+    from sparsity24.export import load_model
 
-    lm = CausalLM.load(model, device=device)
+    _check_device(device)
+    lm = load_model(model, device=device)
     if zero_shot:
-        found = evaluation.zero_shot(lm, limit=limit)
-        _say(found.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+        scores = evaluation.zero_shot(lm, limit=limit)
+        _say(scores.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     else:
         length = min(window, lm.context_length or window)
         _say(f"{evaluation.perplexity_on(lm, data, split, window=length, stride=stride, max_windows=max_windows)}.")
+        if cloze:
+            import torch
+
+            found = evaluation.cloze(lm, torch.tensor(evaluation.tokenized(lm, data, split).ids), cloze)
+            _say(
+                f"Cloze accuracy {found.correct.mean():.1%} (chance 25 %), log-likelihood of the true choice "
+                f"{found.log_likelihood.mean():.3f}, over {len(found.correct)} items."
+            )
     _say(f"Model: {lm.provenance}.")
 
 
@@ -272,7 +325,10 @@ def compare(
     output: Annotated[Path, typer.Option(help="A folder for the runs, tables and page; the same call goes on in it.")],
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="A method and its refinement, such as sparsegpt, wanda+gd:100, prox-fast+cg; repeatable."),
+        typer.Option(
+            help="A method and its refinement, such as wanda+gd:100 or prox-fast+cg; wanda alone is not refined. Repeatable; "
+            "default: all methods, the strong ones refined too."
+        ),
     ] = None,
     draws: Annotated[int, typer.Option(help="Calibration draws of every recipe.")] = 3,
     calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DATA_HELP}")] = "embedded:corpus",
@@ -287,11 +343,12 @@ def compare(
     device: Device = None,
 ) -> None:
     """Prune MODEL by all methods on the same draws; print and plot perplexity, loss per layer and time."""
-    from core.llm.causal import CausalLM
     from sparsity24 import comparison
     from sparsity24.comparison_page import shown_table
+    from sparsity24.export import load_model
 
-    lm = CausalLM.load(model, device=device)
+    _check_device(device)
+    lm = load_model(model, device=device)
     found = comparison.compare(
         lambda: lm,
         output,
@@ -308,7 +365,10 @@ def compare(
         skip=skip or (),
     )
     page = found.write(output)
-    _say(shown_table(found).to_string(index=False))
+    shown = shown_table(found).map(
+        lambda cell: "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else cell
+    )
+    _say(shown.to_string(index=False))
     _say(f"The page with plots and the table of layers: {page}")
 
 
@@ -321,7 +381,13 @@ def convert(
     """Write a saved model in another format: packed takes 9/16 of the size, dense loads everywhere."""
     from sparsity24.export import convert
 
-    _say(f"Saved to {convert(folder, output, format)}.")
+    before = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    convert(folder, output, format)
+    after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    _say(
+        f"Saved to {output}: {before / 2**20:.2f} -> {after / 2**20:.2f} MiB ({after / before:.0%}; what was not pruned stays "
+        "as it is)."
+    )
 
 
 @app.command()
@@ -346,13 +412,16 @@ def verify(
         console.print(table)
     if found.changed:
         console.print(f"Other masks than the report's: {', '.join(found.changed)}.")
-    raise typer.Exit(1 if (found.dense or found.changed) and (path / REPORT_NAME).exists() else 0)
+    wanted = pattern is not None or (path / REPORT_NAME).exists()
+    if not found.sparse and not wanted:
+        console.print(f"{path} is not {found.pattern}: no matrix follows it, and no report says which should.")
+    raise typer.Exit(1 if not found.sparse or ((found.dense or found.changed) and wanted) else 0)
 
 
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console().print(text, highlight=False, markup=False)
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

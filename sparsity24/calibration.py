@@ -86,6 +86,9 @@ def as_inputs(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, Tens
 def _without_padding(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     masks = {key: value.bool() for key, value in batch.items() if key in ("attention_mask", "decoder_attention_mask")}
     others = {key: value for key, value in batch.items() if key not in masks}
+    num_rows = max((len(value) for value in others.values()), default=0)
+    # Positions may come once for all rows.
+    others = {k: v.expand(num_rows, *v.shape[1:]) if len(v) == 1 < num_rows else v for k, v in others.items()}
     if all(bool(mask.all()) for mask in masks.values()):
         return [others] if next(iter(others.values())).numel() else []
     rows: dict[tuple[tuple[str, int, int], ...], list[int]] = {}

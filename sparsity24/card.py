@@ -22,7 +22,7 @@ are not zero. It was pruned once, from activations, and not trained afterwards.
 | method | {method} |
 | settings | {settings} |
 | refinement of the kept weights | {refinement} |
-| calibration | {num_tokens} tokens |
+| calibration | {num_tokens} tokens{calibration} |
 | mean relative loss of a layer | {mean_rel_loss:.4f} |
 | layers left dense | {skipped} |
 
@@ -83,6 +83,7 @@ def model_card(model: Any, report: PruneReport) -> str:
         settings=", ".join(f"{name}={value}" for name, value in report.method_params.items()) or "none",
         refinement=report.refine if report.refine == "none" else f"{report.refine}, at most {report.steps} steps",
         num_tokens=report.num_tokens,
+        calibration=f": {report.calibration}" if report.calibration else "",
         mean_rel_loss=report.mean_rel_loss,
         skipped=f"{listed}{more}" or "none",
     )

@@ -31,6 +31,7 @@ def _path_of_a_group(console: Console) -> None:
         w = prox24(group, lam)
         table.add_row(f"{lam:.1f}", *(_bar(float(value)) for value in w[0]), str(int(group_support(w))))
     console.print(table)
+    console.print("With two left the regulariser is zero, and they are back at their full size.")
 
 
 def _bar(value: float) -> Text:
@@ -43,15 +44,16 @@ def _bar(value: float) -> Text:
 def _one_layer(console: Console) -> None:
     layer = synthetic_layer("block-correlated", rows=128, width=256)
     console.print(
-        "\n[bold]One layer, 128 x 256, whose inputs are correlated inside groups[/]: the error of its output relative to "
-        "pruning everything, from the mask alone and after 20 conjugate-gradient steps on the kept weights\n"
+        "\n[bold]A layer made for the purpose, 128 x 256, inputs correlated inside groups[/]: the squared error of its output "
+        "relative to pruning everything (lower is better), from the method alone and after 20 conjugate-gradient steps on the "
+        "kept weights. SparseGPT has adapted its weights already, so refinement gains it least\n"
     )
-    table = Table("method", "mask", "+ refinement", "", box=None)
+    table = Table("method", "alone", "+ refinement", "alone", box=None)
     for method in ("random", "magnitude", "wanda", "sparsegpt", "prox-fast"):
         with console.status(f"Pruning by {method} ..."):
             raw = prune_layer(layer.weight, layer.hessian, method, refine="none")
             refined = prune_layer(layer.weight, layer.hessian, method, refine="cg")
-        bar = "█" * max(1, round(400 * refined.rel_loss))
+        bar = "█" * max(1, round(100 * raw.rel_loss))
         table.add_row(method, f"{raw.rel_loss:.4f}", f"{refined.rel_loss:.4f}", Text(bar, "cyan"))
     console.print(table)
     console.print(

@@ -137,16 +137,6 @@ def perplexity_on(
     return text.perplexity(lm, window=window, stride=stride, max_windows=max_windows)
 
 
-def wikitext2_perplexity(lm: CausalLM, *, window: int | None = None) -> TextPerplexity:
-    """WikiText-2 perplexity of the literature: all windows of the test part (reference 5)."""
-    return perplexity_on(lm, "wikitext2", window=window)
-
-
-def c4_perplexity(lm: CausalLM, *, window: int | None = None) -> TextPerplexity:
-    """C4 perplexity of the literature: the first 256 windows of the validation part (reference 5)."""
-    return perplexity_on(lm, "c4", window=window)
-
-
 def load_text(data: str, split: str | None, *, default: str) -> LoadedData:
     """The split of a data set; with None the split `default`, or the whole of a set that has no splits."""
     if split is not None:

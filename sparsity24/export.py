@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core.errors import InvalidInput
 from core.files import write_atomic
+from core.llm.causal import CausalLM
 from core.progress import track
 from sparsity24.card import model_card
 from sparsity24.folders import Folder, Format, Written, as_format, is_weight_file, sparse_matrices, write_folder
@@ -48,8 +49,7 @@ def save(
     and `convert` read it. "sparse-24-bitmask" is for old versions of vLLM, and warns. The folder is complete or absent. Formats
     other than dense need room for a dense copy while they are written. Raises `InvalidInput` when `output_dir` exists.
     """
-    layout = as_format(format)
-    _check_pattern(layout, Pattern.parse(report.pattern))
+    layout = check_format(format, report.pattern)
     with _complete_or_absent(output_dir) as partial:
         dense = partial if layout == "dense" else partial / ".dense"
         places = _save_dense(model, dense, report, max_shard_size)
@@ -102,6 +102,30 @@ def load_packed(folder: Path, model: nn.Module) -> None:
         state[name].copy_(source.tensor(name))
 
 
+def load_model(spec: str, *, device: str | None = None) -> CausalLM:
+    """The model that `CausalLM.load` would give for `spec`, from a folder in any of our formats too."""
+    home, _, rest = spec.partition(":")
+    folder = Path(rest).expanduser()
+    if home != "folder" or not (folder / "config.json").is_file() or Folder(folder).format == "dense":
+        return CausalLM.load(spec, device=device)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # What only compressed-tensors understands is unpacked here.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    load_packed(folder, model)
+    kind = Folder(folder).format
+    lm = CausalLM(
+        model, AutoTokenizer.from_pretrained(folder), provenance=f"the folder {folder.name}, {kind}, unpacked"
+    )
+    if device is not None:
+        lm.model.to(device)
+    return lm
+
+
 def _through_transformers(source: Folder, model: nn.Module) -> Mapping[str, Tensor]:
     loader: Any = type(model)
     if not hasattr(loader, "from_pretrained"):
@@ -152,8 +176,12 @@ def _of_shared(places: Places, model: nn.Module, folder: Folder) -> Places:
 def _convert_into(output: Path, source: Folder, layout: Format) -> None:
     found = read_report(source.path)
     pattern = Pattern.parse(found[0].pattern) if found is not None else TWO_FOUR
-    _check_pattern(layout, pattern)
+    check_format(layout, str(pattern))
     sparse = {} if layout == "dense" else _to_pack(source, found, pattern)
+    if layout != "dense" and not sparse:
+        raise InvalidInput(
+            f"No matrix of {source.path} is {pattern} throughout: packing would save nothing. Prune it first."
+        )
     if layout == "sparse-24-bitmask":
         sparse = _legacy_only(source, sparse)
     shutil.copytree(source.path, output, ignore=_weight_files, dirs_exist_ok=True)
@@ -192,9 +220,12 @@ def _legacy_only(source: Folder, sparse: Mapping[str, bool]) -> dict[str, bool]:
     return held
 
 
-def _check_pattern(layout: Format, pattern: Pattern) -> None:
-    if layout == "sparse-24-bitmask" and pattern != TWO_FOUR:
+def check_format(format: str, pattern: str) -> Format:
+    """The layout of that name. Raises `InvalidInput` on an unknown one, and on one that cannot hold the pattern."""
+    layout = as_format(format)
+    if layout == "sparse-24-bitmask" and Pattern.parse(pattern) != TWO_FOUR:
         raise InvalidInput(f"sparse-24-bitmask holds 2:4 weights; these are {pattern}. Use packed or dense.")
+    return layout
 
 
 def _edit_config(path: Path, layout: Format, source: Folder, written: Written) -> None:

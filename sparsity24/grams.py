@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import InvalidInput
 from sparsity24.blocks import Stack
@@ -141,13 +141,8 @@ def shifted_target(dense: Float[Tensor, "rows width"], inputs: LayerInputs, mix:
     W_t = W0 + W0 (mix E[(x_dense - x) x^T]) (E[x x^T] + 0.01 mean-diag I)^-1: the least-squares weights that give
     W0 (x + mix (x_dense - x)) from x, under the reference's damping.
     """
-    if inputs.shift is None or mix == 0:
+    if inputs.shift is None or mix == 0 or not bool(inputs.gram.diagonal().any()):
         return dense
     ridge = 0.01 * inputs.gram.diagonal().mean()
     system = inputs.gram + ridge * torch.eye(len(inputs.gram), device=inputs.gram.device)
     return dense + torch.linalg.solve(system, (mix * (dense @ inputs.shift)).T).T
-
-
-def parameters_of(block_name: str, block: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a block by their names in the model."""
-    return {f"{block_name}.{key}": parameter for key, parameter in block.named_parameters(remove_duplicate=False)}

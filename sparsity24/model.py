@@ -37,10 +37,10 @@ from sparsity24.layer import prune_layer
 from sparsity24.methods import Method, as_method, pattern_of
 from sparsity24.packing import mask_digest
 from sparsity24.pattern import TWO_FOUR
-from sparsity24.problem import ALONE, LayerContext, relative_loss
+from sparsity24.problem import ALONE, LayerContext, relative_losses
 from sparsity24.ranks import Ranks
 from sparsity24.resume import FinishedBlocks, digest
-from sparsity24.weights import Selection, WeightRef, check_real, matrices, select
+from sparsity24.weights import Selection, WeightRef, check_plain, check_real, matrices, select
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class LayerReport:
     """One pruned weight: where it lies, its losses relative to Tr(W0 H W0^T), and the iterations of its method.
 
     `mask_rel_loss` is that of the method's own weights, `rel_loss` that after refinement. `mask_digest` is the start of the
-    SHA-256 of the places of the non-zeros; `num_tokens` is how many tokens of calibration reached the weight.
+    SHA-256 of the places of the non-zeros; `num_tokens` is how many tokens of calibration reached the weight,
+    `relative_residual` how far its refinement got (that of the weights which share its input; None without one).
     """
 
     weight: WeightRef
@@ -58,6 +59,7 @@ class LayerReport:
     iterations: int
     mask_digest: str
     num_tokens: int = 0
+    relative_residual: float | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune_model` did."""
+    """What `prune_model` did. `calibration` says in words where the tokens came from, where the caller knows."""
 
     method: str
     method_params: dict[str, Any]
@@ -85,6 +87,8 @@ class PruneReport:
     seconds: float
     solve_seconds: float
     target_mix: float = 0.0
+    tol: float = 1e-4
+    calibration: str = ""
 
     @property
     def mean_rel_loss(self) -> float:
@@ -119,11 +123,12 @@ class Job:
     method: Method
     refine: str = "cg"
     steps: int = 20
+    tol: float = 1e-4
     target_mix: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings under which hours of work would be lost."""
-        refinement.check_settings(self.refine, self.steps, tol=0.0)
+        refinement.check_settings(self.refine, self.steps, self.tol)
         if not 0 <= self.target_mix <= 1:
             raise InvalidInput(f"`target_mix` must be in [0, 1], 0.5 being half-way; got {self.target_mix}.")
 
@@ -143,6 +148,7 @@ class Job:
             "pattern": str(pattern_of(method)),
             "refine": self.refine,
             "steps": self.steps,
+            "tol": self.tol,
             "target_mix": self.target_mix,
         }
 
@@ -155,6 +161,7 @@ def prune_model(
     *,
     refine: str = "cg",
     steps: int = 20,
+    tol: float = 1e-4,
     skip: Sequence[str] = (),
     strict: bool = False,
     target_mix: float = 0.0,
@@ -168,19 +175,20 @@ def prune_model(
     dense, and so does what matches a pattern of `skip`. A weight whose width does not fit is left dense with a warning, or
     refused before anything is modified with `strict`.
 
-    `target_mix` aims at a target that lies so far from W0's output on the pruned stack's inputs towards the dense model's
-    (0.5: half-way, reference 3.5). With `resume_dir` every finished block is kept in a file there, and a run with the same
-    settings, calibration and weights goes on after them. `device` is where a block is computed when the model itself lies
-    in host memory. Under `torchrun` the processes share the batches and the rows. On any error the model is as it was
-    before, for which the original weights are kept until the end; a model too large for that is streamed by
-    `sparsity24.streaming.prune_checkpoint`.
+    `refine`, `steps` and `tol` are those of `prune_layer`. `target_mix` aims at a target that lies so far from W0's output
+    on the pruned stack's inputs towards the dense model's (0.5: half-way, reference 3.5). With `resume_dir` every finished
+    block is kept in a file there, and a run with the same settings, calibration and weights goes on after them. `device` is
+    where a block is computed when the model itself lies in host memory. Under `torchrun` the processes share the batches and
+    the rows. On any error the model is as it was before, for which the original weights are kept until the end; a model too
+    large for that is streamed by `sparsity24.streaming.prune_checkpoint`.
 
     Raises `InvalidInput` on empty calibration, on NaN or infinite weights or activations (naming the layer), on
     quantised or meta weights, and on a model whose blocks are not found.
     """
-    job = Job(as_method(method), refine, steps, target_mix)
+    job = Job(as_method(method), refine, steps, tol, target_mix)
     started = time.perf_counter()
     blocks = find_blocks(model)
+    check_plain(model)
     found = matrices(model, blocks)
     check_real(
         {
@@ -205,7 +213,7 @@ def prune_model(
 
 
 @dataclass(frozen=True)
-class Run:
+class Pruned:
     """What pruning all blocks gave."""
 
     layers: tuple[LayerReport, ...]
@@ -242,7 +250,7 @@ def prune_blocks(
     *,
     finished: FinishedBlocks | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
-) -> Run:
+) -> Pruned:
     """Prune every block that the selection names, stack by stack; `finished` blocks are taken as they are.
 
     `dtypes` says which parameters are kept in another dtype than they are computed in; their weights are rounded to it.
@@ -251,8 +259,12 @@ def prune_blocks(
     own = ranks.share(inputs)
     layers: list[LayerReport] = []
     num_tokens, solving = 0, 0.0
+    if job.target_mix and len(seen.stacks) > 1:
+        raise InvalidInput(
+            "The half-way target needs one stack of blocks: a decoder would see the pruned encoder's states."
+        )
     remaining = {name for name, groups in selection.groups.items() if groups}
-    with progress(f"Pruning {selection.num_weights} weights by {job.method.name}", total=selection.num_weights) as bar:
+    with progress(f"Pruning {selection.num_weights} matrices by {job.method.name}", total=selection.num_weights) as bar:
         for number, blocks in enumerate(seen.stacks):
             if not remaining & set(blocks):
                 continue
@@ -279,7 +291,7 @@ def prune_blocks(
                     if not remaining & set(blocks):
                         break
                     stack.advance(index)
-    return Run(tuple(layers), int(ranks.total(torch.tensor(num_tokens))), solving)
+    return Pruned(tuple(layers), int(ranks.total(torch.tensor(num_tokens))), solving)
 
 
 def _one_block(
@@ -312,11 +324,17 @@ def _one_block(
     since = time.perf_counter()
     for group in groups:
         reports += _prune_group(job, group, seen.pop(group), parameters, dtypes, ranks)
-        bar.advance(len(group), note=f"{group[-1].name} relative loss {reports[-1].rel_loss:.4f}")
+        bar.advance(len(group), note=f"{_short(group[-1].name)} loss {reports[-1].rel_loss:.3f}")
     seconds = time.perf_counter() - since
     if finished is not None and ranks.rank == 0:
         finished.put(name, before, parameters, reports)
     return reports, seconds
+
+
+def _short(name: str) -> str:
+    """The name from the number of its block on: what fits beside a progress bar."""
+    parts = name.split(".")
+    return ".".join(parts[next((i for i, part in enumerate(parts) if part.isdigit()), 0) :])
 
 
 def _prune_group(
@@ -336,40 +354,34 @@ def _prune_group(
     target = shifted_target(torch.cat(parts), inputs, job.target_mix)
     sizes = [len(part) for part in parts]
     if all(pattern.holds(part) for part in parts):
-        results, losses, iterations = parts, [0.0] * len(parts), 0
+        results, raw_parts, iterations, residual = parts, parts, 0, None
     else:
         mine = ranks.rows(len(target)) if getattr(job.method, "splits_rows", False) else slice(None)
         context = LayerContext(inputs.mean, ranks.total if mine != slice(None) else ALONE.total)
         pruned = prune_layer(target[mine], inputs.gram, job.method, "none", context=context, name=names)
-        raw, weight, iterations = pruned.weight, pruned.weight, pruned.iterations
+        raw, weight, iterations, residual = pruned.weight, pruned.weight, pruned.iterations, None
         if job.refine != "none":
-            weight, _ = refinement.refine(raw, pruned.mask, target[mine], inputs.gram, job.refine, steps=job.steps)
+            weight, info = refinement.refine(
+                raw, pruned.mask, target[mine], inputs.gram, job.refine, steps=job.steps, tol=job.tol
+            )
+            residual = info.relative_residual
         if mine != slice(None):
             raw, weight = ranks.gather(raw, len(target)), ranks.gather(weight, len(target))
-        results = list(torch.split(weight, sizes))
-        losses = [
-            relative_loss(part, goal, inputs.gram)
-            for part, goal in zip(torch.split(raw, sizes), torch.split(target, sizes), strict=True)
-        ]
-    for ref, view, after, goal, dtype, loss in zip(
-        group, views, results, torch.split(target, sizes), kept_in, losses, strict=True
+        results, raw_parts = list(torch.split(weight, sizes)), list(torch.split(raw, sizes))
+    for ref, view, before, after, goal, dtype in zip(
+        group, views, raw_parts, results, torch.split(target, sizes), kept_in, strict=True
     ):
-        rounded = after.to(dtype)
+        # Rows that follow the pattern already stay bit for bit, whatever else is in their stack.
+        rounded = view.detach().to(dtype) if pattern.holds(view.detach()) else after.to(dtype)
         if not torch.isfinite(rounded).all() or not pattern.holds(rounded):
             raise InvalidInput(
                 f"Pruning `{ref.name}` gave NaN, infinite or dense weights in {dtype}: its weights or inputs are too large "
                 "to be squared. Leave it dense with skip=[...], or rescale the model."
             )
+        raw_loss, loss = relative_losses([before, rounded.float()], goal, inputs.gram)
         view.copy_(rounded)
-        yield LayerReport(
-            ref,
-            (view.shape[0], view.shape[1]),
-            loss,
-            relative_loss(rounded.float(), goal, inputs.gram),
-            iterations,
-            mask_digest(rounded),
-            inputs.num_tokens,
-        )
+        shape = (view.shape[0], view.shape[1])
+        yield LayerReport(ref, shape, raw_loss, loss, iterations, mask_digest(rounded), inputs.num_tokens, residual)
 
 
 @torch.no_grad()

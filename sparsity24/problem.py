@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,10 +90,27 @@ def relative_loss(
     weight: Float[Tensor, "rows width"], dense: Float[Tensor, "rows width"], hessian: Float[Tensor, "width width"]
 ) -> float:
     """L(W) / L(0); 0 for a layer whose inputs or weights are all zero."""
-    # In double precision, so that tiny and huge weights neither vanish nor overflow when they are squared.
-    exact = [tensor.double() for tensor in (weight, dense, hessian)]
-    scale = local_loss(torch.zeros_like(exact[1]), *exact[1:])
-    return local_loss(*exact) / scale if scale > 0 else 0.0
+    return relative_losses([weight], dense, hessian)[0]
+
+
+def relative_losses(
+    weights: Sequence[Float[Tensor, "rows width"]],
+    dense: Float[Tensor, "rows width"],
+    hessian: Float[Tensor, "width width"],
+) -> list[float]:
+    """L(W) / L(0) of several weights for one layer."""
+    # Divided by their largest entries, so that tiny and huge weights neither vanish nor overflow when they are squared. A
+    # product in the Hessian's own precision is enough beside a sum in float64: its rounding is 1e-7 of the loss of zero.
+    if not (bool(dense.any()) and bool(hessian.diagonal().any())):
+        return [0.0] * len(weights)
+    kind = torch.promote_types(dense.dtype, hessian.dtype)
+    size, peak = dense.to(kind).abs().max(), hessian.diagonal().max()
+    h, w0 = hessian.to(kind) / peak.to(kind), dense.to(kind) / size
+    scale = local_loss(torch.zeros_like(w0), w0, h)
+    if scale <= 0:
+        return [0.0] * len(weights)
+    # Rounding can leave a loss of nothing below zero.
+    return [max(0.0, local_loss(weight.to(kind) / size, w0, h) / scale) for weight in weights]
 
 
 def prepared(
@@ -131,11 +148,17 @@ def prepared(
 
 
 def damped(hessian: Float[Tensor, "width width"], damping: float) -> Float[Tensor, "width width"]:
-    """H + damping * mean(diag H) * I, with H_jj = 1 first where a feature is dead (H_jj = 0)."""
+    """H + damping * mean(diag H) * I, the mean over live features, which a dead one (H_jj = 0) gets for its diagonal.
+
+    SparseGPT's code gives a dead feature 1, whatever the others have, so that one of them makes the damping of all depend
+    on the scale of the inputs.
+    """
     diagonal = hessian.diagonal()
+    live = diagonal > 0
+    mean = diagonal[live].mean() if bool(live.any()) else torch.ones((), dtype=hessian.dtype, device=hessian.device)
     result = hessian.clone()
-    result.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
-    result.diagonal().add_(damping * result.diagonal().mean())
+    result.diagonal().copy_(torch.where(live, diagonal, mean))
+    result.diagonal().add_(damping * mean)
     return result
 
 

@@ -219,7 +219,7 @@ def prox_planes(
 def _early_out(z: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Where more than the two largest entries might survive (all bits set), and the group with only those two."""
     a = z.abs()
-    first, second, third, _ = _sorted_values(a.unbind(0))
+    first, second, third, _ = sorted_values(a.unbind(0))
     # From the smaller factor on, so that an overflow never meets a zero.
     active = torch.sub((second * lam).mul_(MIN_THIRD).mul_(first), third)
     active = _negative(active).bitwise_and_(_negative(torch.sub(first, MAX_DENSE / lam)))
@@ -234,7 +234,7 @@ def _early_out(z: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
 def _solve(z: Tensor, two: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Solve the groups that the early-out could not finish, whose two largest entries are `two`; and where it keeps more."""
     t_at = z.abs().mul_(lam)
-    t = _sorted_values(t_at.unbind(0))
+    t = sorted_values(t_at.unbind(0))
     if bool(t[0].amax() < _CONVEX):
         return _solve_convex(z, two, lam, t, t_at)
     return _solve_any(z, two, lam, t, t_at)
@@ -323,7 +323,8 @@ def _select(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return (_bits(x) ^ _bits(y)).bitwise_and_(mask).bitwise_xor_(_bits(y)).view(x.dtype)
 
 
-def _sorted_values(p: Planes) -> list[Tensor]:
+def sorted_values(p: Planes) -> list[Tensor]:
+    """The four members of every group in decreasing order, by a network of comparators."""
     low01, high01 = torch.minimum(p[0], p[1]), torch.maximum(p[0], p[1])
     low23, high23 = torch.minimum(p[2], p[3]), torch.maximum(p[2], p[3])
     inner_a, inner_b = torch.minimum(high01, high23), torch.maximum(low01, low23)

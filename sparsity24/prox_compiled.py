@@ -9,7 +9,6 @@ and `ProxPruner(backend="compiled")` ask for it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 
@@ -17,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-MAX_DENSE = 0.5 + math.sqrt(0.5)
-MIN_THIRD = 2 * math.sqrt(2) - 2
+from sparsity24.prox import MAX_DENSE, MIN_THIRD, sorted_values
+
 # Seven from t3 are the closed-form step and the six of `sparsity24.prox`; six are float32-exact for phi (reference 3.2).
 _NUM_NEWTON_THREE, _NUM_NEWTON_DENSE = 7, 6
 _NEGLIGIBLE = 1e-18
@@ -33,7 +32,7 @@ def prox_straight(
     a = z.abs()
     rank = _ranks(a)
     t_at = (a * lam).clamp(max=_LARGEST)
-    t1, t2, t3, t4 = _sorted(t_at)
+    t1, t2, t3, t4 = sorted_values(t_at.unbind(0))
     u1, u2, u3 = _three(t1, t2, t3)
     three_wins = (u1 * u1 + u2 * u2 < 1) & (u3 > 0)
     d = _dense(t1, t2, t3, t4)
@@ -70,18 +69,6 @@ def _ranks(a: Tensor) -> list[Tensor]:
         ahead = [(a[j] >= a[i]) if j < i else (a[j] > a[i]) for j in range(4) if j != i]
         rank.append(ahead[0].int() + ahead[1].int() + ahead[2].int())
     return rank
-
-
-def _sorted(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low01, high01 = torch.minimum(p[0], p[1]), torch.maximum(p[0], p[1])
-    low23, high23 = torch.minimum(p[2], p[3]), torch.maximum(p[2], p[3])
-    inner_a, inner_b = torch.minimum(high01, high23), torch.maximum(low01, low23)
-    return (
-        torch.maximum(high01, high23),
-        torch.maximum(inner_a, inner_b),
-        torch.minimum(inner_a, inner_b),
-        torch.minimum(low01, low23),
-    )
 
 
 def _three(t1: Tensor, t2: Tensor, t3: Tensor) -> tuple[Tensor, Tensor, Tensor]:

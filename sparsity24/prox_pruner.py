@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -83,8 +83,10 @@ class ProxPruner:
 
     @property
     def name(self) -> str:
-        """`prox`."""
-        return "prox"
+        """`prox`, or `prox-fast`, `prox-quality`, `prox-paper` with the settings of that variant."""
+        plain = replace(self, backend="eager")
+        known = (name for name in ("fast", "quality", "paper") if plain == ProxPruner.variant(name))
+        return "-".join(["prox", *known])
 
     def prune(
         self,

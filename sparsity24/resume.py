@@ -49,6 +49,8 @@ class FinishedBlocks:
         self.folder, self._stored = folder, stored
         self._key = json.dumps(key, indent=1, sort_keys=True, default=str)
         known = folder / KEY_NAME
+        if not known.exists() and any(folder.glob("*.safetensors")):
+            raise CheckpointError(f"{folder} holds blocks of an unknown run. Remove it, or choose another folder.")
         if known.exists() and known.read_text() != self._key:
             before = json.loads(known.read_text())
             now = json.loads(self._key)

@@ -11,15 +11,17 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.errors import DataUnavailable, InvalidInput
+from core.errors import DataUnavailable, InvalidInput, RunInProgress
 from core.files import write_atomic
 from sparsity24.blocks import Blocks, calm, find_blocks, survey
 from sparsity24.calibration import Batch, as_inputs
@@ -45,23 +47,26 @@ def prune_checkpoint(
     *,
     refine: str = "cg",
     steps: int = 20,
+    tol: float = 1e-4,
     skip: Sequence[str] = (),
     strict: bool = False,
     target_mix: float = 0.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    calibration: str = "",
 ) -> PruneReport:
     """Prune the saved model in `folder` into the new folder `output_dir`, one block in memory at a time.
 
     The arguments are those of `prune_model`. A block is computed on `device` in `dtype` (None: float32 on a CPU, else as it
-    is stored) and written in the dtype that it was stored in. The result holds the source's other files too, and our report
+    is stored) and written in the dtype that it was stored in. `calibration` says in words where the batches
+    came from, for the report and the card. The result holds the source's other files too, and our report
     and card. Until it is complete it lies in a hidden folder beside `output_dir`, from which the same call goes on after an
     interruption. Raises `InvalidInput` when `output_dir` exists, when the model's weights go by other names in the files
     (such checkpoints are loaded and pruned by `prune_model`), and as `prune_model` does.
     """
     if output_dir.exists():
         raise InvalidInput(f"{output_dir} exists. Choose another folder, or remove it first.")
-    job = Job(as_method(method), refine, steps, target_mix)
+    job = Job(as_method(method), refine, steps, tol, target_mix)
     started = time.perf_counter()
     if not (folder / "config.json").is_file():
         raise InvalidInput(f"{folder} is no saved model: it has no config.json.")
@@ -74,15 +79,16 @@ def prune_checkpoint(
     blocks = find_blocks(model)
     _load_outside(model, blocks, names, source, compute)
     inputs = as_inputs(model, batches)
-    work = output_dir.with_name(f".{output_dir.name}.partial")
+    work = output_dir.with_name(f".{output_dir.name}.unfinished")
     key = {**job.key(inputs, skip), "computed in": str(compute)}
     finished = FinishedBlocks(work, key, lambda name, _: (names[name], stored_dtypes[name]))
     home = Streamed(blocks, names, source, finished, device, compute)
-    with torch.no_grad(), calm(model):
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), calm(model), _sole_writer(work):
         seen = survey(model, home, one_sequence(inputs))
         selection = select(model, blocks, seen.groups, pattern=pattern_of(job.method), skip=skip, strict=strict)
         run = prune_blocks(model, home, seen, selection, inputs, job, finished=finished, dtypes=stored_dtypes)
-    report = run.report(job, selection, time.perf_counter() - started)
+    report = replace(run.report(job, selection, time.perf_counter() - started), calibration=calibration)
     ranks = Ranks.current()
     if ranks.rank == 0:
         pruned = [name for name, groups in selection.groups.items() if groups]
@@ -94,10 +100,31 @@ def prune_checkpoint(
         }
         write_report(work, report, places)
         write_atomic(work / "README.md", model_card(model, report))
-        (work / KEY_NAME).unlink()
+        for left in work.glob("*.partial"):
+            left.unlink()
+        # The key goes last: without it the folder could not be told from another run's, and would not be gone on with.
         work.replace(output_dir)
+        (output_dir / KEY_NAME).unlink()
     ranks.total(torch.zeros(1))
     return report
+
+
+@contextmanager
+def _sole_writer(work: Path) -> Iterator[None]:
+    """Holds the lock of an unfinished folder; the first process of a torchrun holds it for all."""
+    if Ranks.current().rank:
+        yield
+        return
+    lock = FileLock(work.with_name(f"{work.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunInProgress(f"Another process is pruning into {work}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def local_folder(spec: str) -> Path:

@@ -82,6 +82,15 @@ def _routes(name: str, module: nn.Module, parameter: Tensor, num_experts: set[in
     return named and parameter.ndim == 2 and bool({1, *num_experts} & set(parameter.shape))
 
 
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model that carries adapters: their matrices are no weights to prune, and cover those that are."""
+    adapters = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
+    if adapters:
+        raise InvalidInput(
+            f"The model carries adapters (`{adapters[-1]}`). Merge them first, with sparsity24.merge_lora or merge_and_unload."
+        )
+
+
 def check_real(parameters: Mapping[str, Tensor]) -> None:
     """Refuse weights that cannot be pruned as they are: quantised, on the meta device, sharded over devices."""
     from torch.distributed.tensor import DTensor

@@ -173,6 +173,8 @@ def _resolve(spec: str) -> HubHome | Path | None:
             raise DataUnavailable(f"`{spec}`: there is no such folder or file. Give the path of one that exists.")
         return path
     if spec not in CATALOG:
+        if Path(spec).expanduser().exists():
+            raise InvalidInput(f"Data in a file or folder are written folder:{spec}.")
         raise unknown_name("data set", spec, [*CATALOG, "embedded:corpus", "hub:owner/name", "folder:PATH"])
     return _resolve_name(spec)
 

@@ -96,6 +96,8 @@ class CausalLM:
         elif home == "folder":
             lm = cls._from_folder(Path(rest).expanduser(), kind)
         else:
+            if Path(spec).expanduser().exists():
+                raise InvalidInput(f"A model in a folder is written folder:{spec}.")
             raise unknown_name("home of a model", home, ["testbed", "pretrained", "hub", "folder"])
         lm.model.to(device=target, dtype=kind)
         return lm

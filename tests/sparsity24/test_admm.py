@@ -127,11 +127,12 @@ def _literal_alps(weight: Tensor, hessian: Tensor, method: Alps) -> tuple[Tensor
     """Reference 4 with plain linear solves in place of the eigendecomposition, and CG row by row."""
     pattern, h, w = method.pattern, hessian.clone(), weight.clone()
     width, eye = len(h), torch.eye(len(h), dtype=torch.float64)
+    mean = h.diagonal()[h.diagonal() > 0].mean()
     for j in range(width):
         if h[j, j] == 0:
-            h[j, j] = 1
+            h[j, j] = mean
             w[:, j] = 0
-    h = h + method.damping * h.diagonal().mean() * eye
+    h = h + method.damping * mean * eye
     d = h.diagonal().sqrt()
     a, v0 = h / d / d[:, None], w * d
     initial = v0 * _best(v0.abs(), pattern)
@@ -163,11 +164,11 @@ def _literal_alps(weight: Tensor, hessian: Tensor, method: Alps) -> tuple[Tensor
     x = v * mask
     gradients = [((x[i] - v0[i]) @ a) * mask[i] for i in range(len(w))]
     directions = [-g for g in gradients]
-    enough = 1e-8 * sum(float((v0[i] * mask[i]).square().sum()) for i in range(len(w)))
+    enough = [1e-8 * float((v0[i] * mask[i]).square().sum()) for i in range(len(w))]
     for _ in range(method.cg_steps):
-        if sum(float(g @ g) for g in gradients) <= enough:
-            break
         for i in range(len(w)):
+            if float(gradients[i] @ gradients[i]) <= enough[i]:
+                continue
             g, p = gradients[i], directions[i]
             bend = p @ a @ p
             length = (g @ g) / bend if bend > 0 else 0.0

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_prune_then_verify_then_evaluate(
         "--method", "wanda", "--output", output,
     )  # fmt: skip
     assert code == 0, said
-    assert "14 weights pruned by Wanda" in said
+    assert "14 matrices pruned by Wanda" in said
     assert json.loads((output / "sparsity24.json").read_text())["num_tokens"] == 256
     code, said = _run(monkeypatch, capsys, "verify", output)
     assert (code, "14 of 14" in said) == (0, True)
@@ -145,6 +146,45 @@ def test_both_ways_of_pruning_save_the_same_packed_model_and_it_converts_back(
     code, said = _run(monkeypatch, capsys, "verify", tmp_path / "packed")
     assert (code, "14 of 14 weights are 1:4" in said) == (0, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "packed", "plain"]
+
+
+def test_a_packed_model_is_evaluated_as_it_is(
+    dense_folder: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = {}
+    _run(
+        monkeypatch, capsys, "prune", f"folder:{dense_folder}", "--calibration", f"folder:{text_folder}", "--sequences", 8,
+        "--window", 32, "--method", "wanda", "--output", tmp_path / "plain",
+    )  # fmt: skip
+    for format in ("packed", "sparse-24-bitmask"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            _run(monkeypatch, capsys, "convert", tmp_path / "plain", "--format", format, "--output", tmp_path / format)
+    for name in ("plain", "packed", "sparse-24-bitmask"):
+        code, line = _run(
+            monkeypatch, capsys, "evaluate", f"folder:{tmp_path / name}", "--data", f"folder:{text_folder}", "--cloze", 5,
+            "--window", 32,
+        )  # fmt: skip
+        assert code == 0, line
+        assert "Cloze accuracy" in line
+        said[name] = line.split("Perplexity ")[1].split(" ")[0]
+    assert len(set(said.values())) == 1
+
+
+def test_verify_and_convert_say_no_to_a_dense_model(
+    dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = _run(monkeypatch, capsys, "verify", dense_folder)
+    assert (code, "is not 2:4" in said) == (1, True)
+    code, said = _run(
+        monkeypatch, capsys, "convert", dense_folder, "--format", "packed", "--output", tmp_path / "packed"
+    )
+    assert (code, "save nothing" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_learned_masks_are_pruned_and_saved(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from core.errors import DataUnavailable, InvalidInput, MissingExtra
 from core.llm.causal import CausalLM
-from sparsity24.evaluation import PROTOCOLS, c4_perplexity, cloze, perplexity_on, wikitext2_perplexity, zero_shot
+from sparsity24.evaluation import PROTOCOLS, cloze, perplexity_on, zero_shot
 
 CONTEXT = 48
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -86,7 +86,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_wikitext2_is_the_literal_protocol_on_the_rows_of_the_hub(lm: CausalLM, data: Path) -> None:
-    found = wikitext2_perplexity(lm, window=20)
+    found = perplexity_on(lm, "wikitext2", window=20)
     assert found.value == pytest.approx(literal(lm, "\n\n".join(HUB_ROWS * 3), 20), rel=1e-6)
 
 
@@ -95,13 +95,13 @@ def test_a_raw_file_and_the_rows_of_the_hub_give_the_same_text(lm: CausalLM, dat
     rows.write_text("".join(json.dumps({"text": row}) + "\n" for row in HUB_ROWS * 3))
     from_rows = perplexity_on(lm, f"folder:{rows}", window=20, protocol="wikitext2")
     np.testing.assert_array_equal(
-        from_rows.measured.window_nll, wikitext2_perplexity(lm, window=20).measured.window_nll
+        from_rows.measured.window_nll, perplexity_on(lm, "wikitext2", window=20).measured.window_nll
     )
 
 
 def test_c4_takes_1100_documents_joined_with_a_space_and_256_windows(lm: CausalLM, data: Path) -> None:
     text = " ".join(f"Page {i}.\nIt has two lines." for i in range(1100))
-    short, long = c4_perplexity(lm, window=16), c4_perplexity(lm, window=48)
+    short, long = perplexity_on(lm, "c4", window=16), perplexity_on(lm, "c4", window=48)
     assert len(short.measured.window_nll) == 256
     assert short.value == pytest.approx(literal(lm, text, 16, 256), rel=1e-6)
     # Longer than the text before its end: 48 * 256 tokens are fewer than it has.
@@ -116,8 +116,8 @@ def test_documents_after_the_1100th_are_not_read(lm: CausalLM, data: Path) -> No
     # 1100 documents of three letters and a space are 4400 tokens: with one document less the last window of 40 would be
     # missing, with one more there would be another of 27.
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(c4_perplexity(lm, window=40).measured.window_nll) == 110
-    assert len(c4_perplexity(lm, window=27).measured.window_nll) == 162
+    assert len(perplexity_on(lm, "c4", window=40).measured.window_nll) == 110
+    assert len(perplexity_on(lm, "c4", window=27).measured.window_nll) == 162
 
 
 def test_another_data_set_is_scored_as_it_stands(lm: CausalLM, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_another_data_set_is_scored_as_it_stands(lm: CausalLM, tmp_path: Path) -
 
 
 def test_the_text_form_states_window_count_and_text(lm: CausalLM, data: Path) -> None:
-    line = str(wikitext2_perplexity(lm, window=20))
+    line = str(perplexity_on(lm, "wikitext2", window=20))
     assert "WikiText-2 perplexity" in line
     assert "windows of 20 tokens (non-overlapping)" in line
     assert "wikitext2 [test] from the folder wikitext2 of PAPERS_DATA" in line
@@ -140,7 +140,7 @@ def test_the_text_form_says_when_windows_were_left_out_or_overlap(lm: CausalLM, 
 
 def test_a_window_beyond_the_context_is_refused(lm: CausalLM, data: Path) -> None:
     with pytest.raises(InvalidInput, match="reads at most 48"):
-        wikitext2_perplexity(lm, window=64)
+        perplexity_on(lm, "wikitext2", window=64)
 
 
 def test_an_unknown_protocol_names_the_known_ones(lm: CausalLM, data: Path) -> None:

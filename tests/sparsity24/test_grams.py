@@ -62,6 +62,11 @@ def test_the_target_is_the_least_squares_fit_to_outputs_between_the_two_models(m
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
+def test_a_layer_without_inputs_keeps_its_dense_target() -> None:
+    w0, nothing = torch.randn(5, 8), torch.zeros(8, 8)
+    assert shifted_target(w0, LayerInputs(nothing, torch.zeros(8), 9, nothing), 0.5) is w0
+
+
 def test_without_a_shift_the_target_is_the_dense_weight() -> None:
     w0 = torch.randn(5, 8)
     assert shifted_target(w0, LayerInputs(torch.eye(8), torch.zeros(8), 9), 0.5) is w0

@@ -58,11 +58,13 @@ def _literal_sparsegpt(weight: Tensor, hessian: Tensor, block: int) -> tuple[Ten
     """Frantar and Alistarh's algorithm entry by entry, in double loops."""
     w, h = weight.double().clone(), hessian.double().clone()
     rows, width = w.shape
+    # Ours: a dead feature gets the mean of the others, not 1, so that the damping does not depend on the inputs' scale.
+    mean = h.diagonal()[h.diagonal() > 0].mean()
     for j in range(width):
         if h[j, j] == 0:
-            h[j, j] = 1
+            h[j, j] = mean
             w[:, j] = 0
-    h += 0.01 * h.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    h += 0.01 * mean * torch.eye(width, dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT.conj()
     mask = torch.zeros(rows, width, dtype=torch.bool)
     for start in range(0, width, block):
@@ -347,7 +349,7 @@ def test_score_based_methods_keep_exactly_n_of_m(name: str, pattern: Pattern) ->
 
 
 def test_other_patterns_than_two_of_four_are_refused_for_the_prox() -> None:
-    with pytest.raises(ValueError, match=r"prox makes 2:4 masks only.*sparsegpt"):
+    with pytest.raises(ValueError, match=r"makes 2:4 masks only.*sparsegpt"):
         as_method("prox-fast", pattern=Pattern(1, 2))
     with pytest.raises(ValueError, match="groups of four"):
         as_method(ProxPruner(), pattern=Pattern(4, 8))
@@ -435,6 +437,30 @@ def test_exact_refit_of_a_mask_is_never_worse_than_any_other_refinement(name: st
         for how in ("gd", "nesterov", "cg"):
             other, _ = refine(raw.weight, raw.mask, weight, hessian, how, steps=50)
             assert exact.rel_loss <= relative_loss(other, weight, hessian) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["prox", "sparsegpt", "admm", "alps", "wanda"])
+def test_the_scale_of_the_inputs_does_not_matter_even_beside_a_dead_feature(name: str) -> None:
+    layer = synthetic_layer("block-correlated", rows=24, width=64)
+    hessian = layer.hessian.double().clone()
+    hessian[5], hessian[:, 5] = 0, 0
+    one = prune_layer(layer.weight.double(), hessian, name, refine="none")
+    for scale in (1e-6, 1e6):
+        other = prune_layer(layer.weight.double(), hessian * scale, name, refine="none")
+        assert torch.equal(one.mask, other.mask), scale
+        assert other.rel_loss == pytest.approx(one.rel_loss, rel=1e-6)
+
+
+def test_a_relative_loss_is_never_negative_and_keeps_seven_digits_of_the_loss_of_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-20, 1.0, 1e15):
+        w0 = size * torch.randn(16, 32, generator=generator)
+        x = torch.randn(1, 32, generator=generator)
+        hessian = x.T @ x
+        nearby = w0 + 1e-3 * size * torch.randn(16, 32, generator=generator)
+        exact = relative_loss(nearby.double(), w0.double(), hessian.double())
+        assert relative_loss(w0, w0, hessian) == 0
+        assert 0 <= relative_loss(nearby, w0, hessian) == pytest.approx(exact, abs=1e-7)
 
 
 def test_a_hessian_that_rounding_left_indefinite_is_damped_with_a_warning_and_never_dropped() -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsity24 import blocks
 from sparsity24.blocks import block_skips, find_blocks
 from sparsity24.calibration import excerpt, random_sequences
 from sparsity24.export import verify
 from sparsity24.layer import prune_layer, relative_loss
 from sparsity24.methods import Magnitude, ProxPruner, SparseGPT, Wanda
 from sparsity24.model import dense_grams, prune_model
-from sparsity24.prox import is_24
+from sparsity24.prox import is_24, project24
 
 VOCAB = 40
 LINEARS = (
@@ -351,6 +352,54 @@ def test_too_little_calibration_is_said_once() -> None:
     with pytest.warns(UserWarning, match="fewer tokens than they have inputs") as caught:
         prune_model(_llama(), [_batches(1)[0][:1, :5]], "sparsegpt")
     assert sum("fewer tokens" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_model_that_changes_the_state_between_its_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _llama()
+    run = blocks.Call.run
+    # Replay that sees another state than the model's own pass, as when something happens between two blocks.
+    monkeypatch.setattr(blocks.Call, "run", lambda call, block, hidden: run(call, block, 1.01 * hidden))
+    with pytest.raises(ValueError, match="one by one does not reproduce"):
+        prune_model(model, _batches())
+
+
+def test_adapters_are_refused_with_a_way_out() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_lora"):
+        prune_model(adapted, _batches())
+
+
+def test_rows_that_are_sparse_already_stay_bit_for_bit_in_a_stack_that_is_not() -> None:
+    model = _llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight.data.copy_(project24(attention.q_proj.weight.data))
+    before = attention.q_proj.weight.detach().clone()
+    prune_model(model, _batches(), "sparsegpt")
+    assert torch.equal(attention.q_proj.weight, before)
+    assert is_24(attention.k_proj.weight.detach())
+
+
+def test_positions_that_come_once_for_all_rows_go_with_padded_batches() -> None:
+    ids = _batches(1)[0]
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    plain = dense_grams(_llama(), [batch])
+    placed = dense_grams(_llama(), [{**batch, "position_ids": torch.arange(20)[None]}])
+    assert all(torch.allclose(a.hessian, b.hessian, atol=1e-6) for a, b in zip(plain, placed, strict=True))
+
+
+def test_the_report_says_how_far_refinement_got() -> None:
+    few = prune_model(_llama(), _batches(), "wanda", steps=2)
+    many = prune_model(_llama(), _batches(), "wanda", refine="exact")
+    none = prune_model(_llama(), _batches(), "wanda", refine="none")
+    assert all(layer.relative_residual > 1e-4 for layer in few.layers if layer.relative_residual is not None)
+    assert max(layer.relative_residual or 0 for layer in many.layers) < 1e-4
+    assert {layer.relative_residual for layer in none.layers} == {None}
+    loose = prune_model(_llama(), _batches(), "wanda", tol=0.5)
+    assert loose.mean_rel_loss > many.mean_rel_loss
 
 
 def test_the_same_call_gives_the_same_masks() -> None:

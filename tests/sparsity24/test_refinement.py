@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsity24 import refinement
 from sparsity24.methods import Wanda
 from sparsity24.pattern import Pattern
 from sparsity24.problem import largest_eigenvalue, local_loss
@@ -94,6 +96,21 @@ def test_no_row_loss_ever_rises_and_the_mask_stays(
         before = local_loss((start * mask)[row : row + 1].double(), dense[row : row + 1].double(), hessian.double())
         after = local_loss(found[row : row + 1].double(), dense[row : row + 1].double(), hessian.double())
         assert after <= before * (1 + 1e-5) + 1e-12
+
+
+def test_a_row_that_a_solver_would_leave_worse_keeps_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, mask, dense, hessian = _problem("low-rank")
+
+    def overshoots(v: Tensor, gradient: Tensor, problem: Any, steps: int) -> int:
+        move = torch.zeros_like(v)
+        move[::2] = 10 * problem.free[::2]
+        v += move
+        gradient += move @ problem.a
+        return 1
+
+    monkeypatch.setattr(refinement, "_conjugate_gradient", overshoots)
+    found, _ = refine(weight, mask, dense, hessian, "cg")
+    assert torch.allclose(found, weight * mask, atol=1e-6)
 
 
 def test_twenty_cg_steps_come_within_one_per_cent_of_the_exact_loss() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -21,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, RunInProgress
 from sparsity24.export import verify
 from sparsity24.methods import Magnitude, SparseGPT
 from sparsity24.model import prune_model
@@ -132,6 +133,50 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_block(tmp_path: Path
     assert len(report.layers) == 21
     one, other = (LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "sparse"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_that_dies_at_its_very_end_is_completed_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _llama()
+    model.save_pretrained(tmp_path / "dense")
+    replace = Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if Path(target) == tmp_path / "sparse":
+            raise OSError("power lost")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", dies)
+    with pytest.raises(OSError, match="power"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), Magnitude())
+    monkeypatch.undo()
+    # What a kill in the middle of writing a block would have left.
+    (tmp_path / ".sparse.unfinished" / "model.layers.9.partial").write_bytes(b"half")
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), Magnitude())
+    assert len(report.layers) == 21
+    assert not {"run.json", "model.layers.9.partial"} & {path.name for path in (tmp_path / "sparse").iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
+
+
+def test_two_runs_into_one_folder_and_blocks_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+    model = _llama()
+    model.save_pretrained(tmp_path / "dense")
+    with (
+        FileLock(tmp_path / ".sparse.unfinished.lock"),
+        pytest.raises(RunInProgress, match="Another process"),
+    ):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), Magnitude())
+    (tmp_path / ".sparse.unfinished").mkdir()
+    (tmp_path / ".sparse.unfinished" / "model.layers.0.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="unknown run"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", _batches(model), Magnitude())
+
+
+def test_the_half_way_target_is_refused_where_a_decoder_would_see_the_pruned_encoder() -> None:
+    model = _t5()
+    with pytest.raises(ValueError, match="one stack"):
+        prune_model(model, _batches(model), Magnitude(), target_mix=0.5)
 
 
 def test_an_unfinished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
