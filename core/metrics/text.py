@@ -11,7 +11,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ def rouge(
     references: References,
     *,
     variants: Sequence[str] = ("rouge1", "rouge2", "rougeL"),
-    multi: Literal["mean", "max"] = "mean",
+    multi: str = "mean",
     stemmer: bool = True,
 ) -> dict[str, NDArray[np.float64]]:
     """F-measures of `rouge_score`, 0 to 1, one vector per variant (`rouge1` to `rouge9`, `rougeL`, `rougeLsum`).
