@@ -369,6 +369,11 @@ def compare(
         lambda cell: "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else cell
     )
     _say(shown.to_string(index=False))
+    known = {path.stem.rpartition("-")[0] for path in (output / "runs").glob("*.json")}
+    if others := sorted(known - {run.recipe for run in found.runs}):
+        _say(
+            f"Not shown, for want of being asked for: {', '.join(others)}. Name them with --recipe to have them beside these."
+        )
     _say(f"The page with plots and the table of layers: {page}")
 
 

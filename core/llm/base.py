@@ -103,7 +103,7 @@ class Chat(ABC):
             arriving = self.answers([distinct[key].messages for key in missing], settings)
             # Closed here and now, because a traceback that somebody keeps would keep the requests running.
             try:
-                with closing(_watched(arriving, len(missing), f"Asking {self.source['model']}")) as watched:
+                with closing(_watched(arriving, len(missing), self._description)) as watched:
                     for i, answer in watched:
                         found[missing[i]] = self._account(distinct[missing[i]], answer)
             except ChatError as error:
@@ -115,6 +115,11 @@ class Chat(ABC):
         priced = {key: replace(answer, usage=answer.usage.priced(self._prices)) for key, answer in found.items()}
         self.usage = sum((answer.usage for answer in priced.values()), self.usage)
         return [priced[key] for key in keys]
+
+    @property
+    def _description(self) -> str:
+        # What is behind the comma of a provenance would fill the line.
+        return f"Asking {self.source['model'].partition(',')[0]}"
 
     def _recorded(self, request: Request) -> Answer | None:
         return None if self._file is None else self._file.get(request)

@@ -89,11 +89,11 @@ class LocalChat(Chat):
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         limit = self.lm.context_length
-        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        if limit is not None and len(prompts[longest]) + max_tokens > limit:
+        longest = max(map(len, prompts))
+        if limit is not None and longest + max_tokens > limit:
             raise InvalidInput(
-                f"Conversation {longest} of {len(prompts[longest])} tokens and max_tokens={max_tokens} do not fit the "
-                f"model, which reads at most {limit} tokens. Shorten the conversation or lower max_tokens."
+                f"A conversation of {longest} tokens and max_tokens={max_tokens} do not fit the model, which reads at most "
+                f"{limit} tokens. Shorten the conversation or lower max_tokens."
             )
 
     def _reply(self, generation: Generation, max_tokens: int, stop: Sequence[str]) -> Reply:

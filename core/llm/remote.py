@@ -214,7 +214,7 @@ class _Batch:
             except Trouble as error:
                 trouble = error
             what = f"attempt {attempt + 1} failed with {trouble}"
-            if attempt == patience.max_retries or self._failed.is_set():
+            if attempt == patience.max_retries:
                 break
             wait = max(patience.wait(attempt), trouble.retry_after)
             if time.monotonic() + wait >= deadline:

@@ -349,11 +349,14 @@ def better_out_of_distribution(preset: SparsityPreset) -> Evidence:
     13,
     kind="measured",
     statement="Zero-shot accuracy is kept better (cloze proxy).",
-    expected={"quick": "holds", "real": "inconclusive", "full": "inconclusive"},
+    expected="inconclusive",
     time_limit=3600,
 )
 def zero_shot_is_kept_better(preset: SparsityPreset) -> Evidence:
     """Choice log-likelihood of a cloze task, prox against magnitude, as it is and refined, items within seeds; margin 0.
+
+    Against magnitude as it is the prox wins, as in the reference; refinement alone brings magnitude so near that the
+    difference is not expected to be decided.
 
     Accuracy is reported. Control: the dense model with every item's context taken from another, which knows nothing.
     """

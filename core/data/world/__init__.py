@@ -138,8 +138,9 @@ class World(Knowledge):
     def statements(self, num: int, split: str = "train", difficulty: int = 1, seed: int = 0) -> list[Statement]:
         """Claims with a passage, the three labels equally often.
 
-        1: the claim in the passage's own form, two sentences. 2: in another form, four sentences. 3: six sentences about
-        two subjects whose values are mixed up, and 30 % negations. 4: two parts joined by "and". 5: three parts.
+        1: the claim in the passage's own form, two sentences. 2: in another form, two to four sentences. 3: also about a
+        second subject whose values mislead, and 30 % negations. 4: two parts joined by "and". 5: three parts. Neither the
+        claim nor the passage alone says anything about the label.
         """
         return statements.statements(self, num, split, difficulty, seed)
 

@@ -123,18 +123,10 @@ def multiple_choice(
     positions = balanced(range(4), draws)
     for chain, asked in islice(_draw_chains(world, level, split, draws), num):
         last = chain[-1]
-        relation = RELATIONS[last.relation]
-        false = [
-            value
-            for value in world.candidates(relation, split)
-            if value != last.subject and value not in world.values(last.subject, last.relation)
-        ]
-        passages: tuple[Passage, ...] = ()
         others = _others_with(world, last, split, draws) if difficulty == 3 else None
         options = [fact.value for fact in others or ()]
-        options += draws.sample([value for value in false if value not in options], 3 - len(options))
-        if context:
-            passages = _passages(world, chain, level, split, draws, others)
+        options += _false_values(world, last, options, 3 - len(options), split, draws)
+        passages = _passages(world, chain, level, split, draws, others) if context else ()
         answer = next(positions)
         options.insert(answer, last.value)
         result.append(
@@ -235,11 +227,23 @@ def _more(world: Knowledge, group: Sequence[Fact], size: int, draws: Draws) -> l
     return draws.sample(rest, max(0, size - len(group)))
 
 
+def _false_values(
+    world: Knowledge, fact: Fact, options: Sequence[str], count: int, split: str, draws: Draws
+) -> list[str]:
+    """Values of the same kind that are false for the fact's subject and not among the options already."""
+    taken = {fact.subject, *world.values(fact.subject, fact.relation), *options}
+    candidates = draws.sample(world.candidates(RELATIONS[fact.relation], split), count + len(taken))
+    return [value for value in candidates if value not in taken][:count]
+
+
 def _others_with(world: Knowledge, fact: Fact, split: str, draws: Draws) -> list[Fact]:
-    """Facts of the same relation about three others, with values that differ and are false for the fact's subject."""
+    """Facts of the same relation about three others, with values that differ and are false for the fact's subject.
+
+    In a small split there may be fewer.
+    """
     taken = {fact.subject, *world.values(fact.subject, fact.relation)}
     found: list[Fact] = []
-    for name in draws.shuffled(world.names(RELATIONS[fact.relation].subject, split)):
+    for name in draws.sample(world.names(RELATIONS[fact.relation].subject, split), 16):
         other = draws.pick(world.facts_of(name, fact.relation))
         if name != fact.subject and other.value not in taken:
             taken.add(other.value)

@@ -16,21 +16,22 @@ from core.data.world.vocabulary import RELATIONS
 
 @dataclass(frozen=True)
 class Level:
-    """What a difficulty of statements means."""
+    """What a difficulty of statements means: what the passage states about the claim's subject, and the claim's parts."""
 
-    sentences: int
-    subjects: int
+    functional: int
+    others: int
     atoms: int
-    negations: float
+    negations: float = 0.0
     same_form: bool = False
+    second_subject: bool = False
 
 
 LEVELS = {
-    1: Level(sentences=2, subjects=1, atoms=1, negations=0.0, same_form=True),
-    2: Level(sentences=4, subjects=1, atoms=1, negations=0.0),
-    3: Level(sentences=6, subjects=2, atoms=1, negations=0.3),
-    4: Level(sentences=6, subjects=2, atoms=2, negations=0.3),
-    5: Level(sentences=8, subjects=2, atoms=3, negations=0.3),
+    1: Level(functional=2, others=0, atoms=1, same_form=True),
+    2: Level(functional=3, others=1, atoms=1),
+    3: Level(functional=1, others=2, atoms=1, negations=0.3, second_subject=True),
+    4: Level(functional=2, others=1, atoms=2, negations=0.3, second_subject=True),
+    5: Level(functional=3, others=0, atoms=3, negations=0.3, second_subject=True),
 }
 
 
@@ -72,22 +73,20 @@ def statements(world: Knowledge, num: int, split: str, difficulty: int, seed: in
 
 
 def _statement(world: Knowledge, label: str, kind: str, level: Level, split: str, draws: Draws) -> Statement:
-    # What a claim speaks of, its values and negations are drawn alike for all labels, and passages are equally long:
-    # neither a claim nor a passage alone says anything about the label.
-    subject, *others = draws.sample(world.names(kind, split), level.subjects)
+    # Claims are about functional relations, and what a claim or a passage looks like is drawn alike for all labels:
+    # neither alone says anything about the label.
+    subject, other = draws.sample(world.names(kind, split), 2)
+    functional, several = _by_kind(world, subject)
     parts = _labels_of_parts(label, level.atoms, draws)
-    about = draws.sample(
-        [fact for fact in world.facts_about(subject) if RELATIONS[fact.relation].functional], len(parts)
-    )
+    about = draws.sample(functional, len(parts))
     stated = [fact for fact, part in zip(about, parts, strict=True) if part != NOT_ENOUGH_INFO]
-    size = level.sentences // level.subjects
-    rest = [fact for fact in world.facts_about(subject) if fact not in about]
-    stated += draws.sample(rest, min(size, len(rest)) - len(stated))
+    rest = draws.shuffled([fact for fact in functional if fact not in about])
+    stated += rest[: min(level.functional, len(rest)) - len(stated)]
     misleading: dict[str, str] = {}
-    for other in others:
-        same = [fact for each in about for fact in world.facts_of(other, each.relation)]
-        misleading = {fact.relation: fact.value for fact in same}
-        stated += (same + draws.shuffled([fact for fact in world.facts_about(other) if fact not in same]))[:size]
+    if level.second_subject:
+        stated += _of_second_subject(world, other, stated, about, rest, level.atoms)
+        misleading = {fact.relation: fact.value for fact in stated if fact.subject == other}
+    stated += draws.sample(several, level.others)
     passage = render(draws.shuffled(stated), draws)
     atoms = tuple(
         _atom(world, fact, part, misleading.get(fact.relation), level, draws)
@@ -104,6 +103,26 @@ def _statement(world: Knowledge, label: str, kind: str, level: Level, split: str
     )
 
 
+def _by_kind(world: Knowledge, subject: str) -> tuple[list[Fact], list[Fact]]:
+    """The subject's facts of functional relations, and those of relations with several values."""
+    facts = world.facts_about(subject)
+    return (
+        [fact for fact in facts if RELATIONS[fact.relation].functional],
+        [fact for fact in facts if not RELATIONS[fact.relation].functional],
+    )
+
+
+def _of_second_subject(
+    world: Knowledge, other: str, stated: Sequence[Fact], about: Sequence[Fact], rest: Sequence[Fact], atoms: int
+) -> list[Fact]:
+    """Facts of the same relations about another: all that the claim speaks of, and all that is stated of its subject.
+
+    There are twice as many as the claim has parts, whatever its label: what the two subjects share does not tell it.
+    """
+    relations = dict.fromkeys(fact.relation for fact in (*about, *stated, *rest))
+    return [world.facts_of(other, name)[0] for name in list(relations)[: 2 * atoms]]
+
+
 def _labels_of_parts(label: str, count: int, draws: Draws) -> list[str]:
     """Labels for the parts of a claim that give the whole claim its label."""
     allowed = {SUPPORTED: (SUPPORTED,), REFUTED: LABELS, NOT_ENOUGH_INFO: (SUPPORTED, NOT_ENOUGH_INFO)}[label]
@@ -115,12 +134,11 @@ def _atom(world: Knowledge, fact: Fact, label: str, misleading: str | None, leve
     true = draws.chance(0.5) if label == NOT_ENOUGH_INFO else (label == SUPPORTED) != negated
     value = fact.value
     if not true:
-        values = [
-            value
-            for value in world.candidates(RELATIONS[fact.relation], fact.split)
-            if value not in (fact.value, fact.subject)
-        ]
-        value = misleading if misleading in values and draws.chance(0.5) else draws.pick(values)
+        wrong = (fact.value, fact.subject)
+        values = draws.sample(world.candidates(RELATIONS[fact.relation], fact.split), 3)
+        value = next(value for value in values if value not in wrong)
+        if misleading is not None and misleading not in wrong and draws.chance(0.5):
+            value = misleading
     return Atom(fact.subject, fact.relation, value, negated)
 
 

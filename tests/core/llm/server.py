@@ -123,11 +123,11 @@ def body_of(content: str, **headers: str) -> Behaviour:
     return lambda handler, body: send(handler, 200, content.encode("utf-8", "surrogatepass"), **headers)
 
 
-def echo_headers(status: int) -> Behaviour:
-    """A server that quotes the request's headers, the key among them."""
+def echo_key(status: int) -> Behaviour:
+    """A server that quotes the key, where an error message that is shortened to 300 characters would cut through it."""
 
     def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        send(handler, status, json.dumps({"error": {"message": f"{'x' * 250} {handler.headers}"}}).encode())
+        send(handler, status, f"{'x' * 278} {handler.headers['Authorization']}".encode())
 
     return behave
 
