@@ -22,6 +22,11 @@ in one split, and a task's names are all of its split, so open-book tasks hold o
 (jobs, foods, rivers ...) are shared. A calculation of `sums` is in one split whatever its story. A **closed-book** task
 (`context=False`) needs the passages of the split that it asks about in its training text; only its questions are held out.
 
+**How hard.** A Llama of 0.4 M parameters (BPE of 768) trained from scratch on 20 000 items of level 1, 32 rows a step: on
+held-out items `questions` have exact match 0.78 after 750 steps (one CPU-minute) and 0.85 after 1500; after 750 steps
+`dialogues` have ROUGE-L 0.83 (exact match 0.40), `sums` numeric match 0.14, and `multiple_choice` is still at chance (0.27).
+One run each, 200 test items, worlds of 1000 people (sums: 400). Other levels and `statements` were not measured.
+
 **Truth.** `world.holds(atom)` looks a fact up; `read(text)` turns sentences in any of the world's forms back into atoms;
 `entailment(claim, stated)` says what follows from what. Together they judge generated sentences without a model.
 """
