@@ -134,14 +134,32 @@ def test_processes_that_write_at_once_lose_nothing(path):
         "import sys; from core.llm.cache import ReplyFile, Request\n"
         "from core.llm.replies import Answer, Reply, Settings, Usage\n"
         "file = ReplyFile(sys.argv[1])\n"
-        "for i in range(40):\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "for i in range(100):\n"
         "    text = f'{sys.argv[2]}-{i}' if i % 2 else f'shared-{i}'\n"
         "    request = Request({'model': 'm'}, [{'role': 'user', 'content': text}], Settings())\n"
         "    file.add(request, Answer((Reply(text * 500),), Usage(1)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    children = [subprocess.Popen([sys.executable, "-c", code, path, str(i)], env=environment) for i in range(3)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, path, str(i)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(3)
+    ]
+    assert [child.stdout.readline() for child in children] == ["ready\n"] * 3
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
     assert [child.wait() for child in children] == [0, 0, 0]
+    for child in children:
+        child.stdin.close()
+        child.stdout.close()
     texts = [r.messages[0]["content"] for r, _ in ReplyFile(path).records()]
-    assert len(texts) == len(set(texts)) == 20 + 3 * 20
-    assert len(path.read_text().splitlines()) == 80
+    assert len(texts) == len(set(texts)) == 50 + 3 * 50
+    assert len(path.read_text().splitlines()) == 200

@@ -364,8 +364,9 @@ def test_an_answer_that_cannot_be_stored_stops_the_asking(server, tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", full)
     server.default = misbehave.slow(0.1)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as kept:
         connect(server, cache=tmp_path / "replies.jsonl", max_concurrency=1).complete([say(str(i)) for i in range(20)])
+    assert kept.tb is not None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("asking")]
     assert len(server.bodies) < 5
 
@@ -648,6 +649,15 @@ def test_local_finish_reasons_tell_a_stop_string_from_the_limit(gpt2):
     cut = chat.complete(say("which"), max_tokens=10, stop=[stop])
     assert cut.replies[0].finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
+    exact = chat.complete(say("which"), max_tokens=cut.usage.completion_tokens, stop=[stop])
+    assert (exact.text, exact.replies[0].finish_reason) == (cut.text, "stop")
+
+
+def test_without_a_template_the_users_next_turn_ends_the_reply(gpt2, monkeypatch):
+    stops, generate = [], gpt2.generate
+    monkeypatch.setattr(gpt2, "generate", lambda ids, **rest: stops.append(rest["stop"]) or generate(ids, **rest))
+    LocalChat(gpt2).complete(say("which"), max_tokens=2, stop=["."])
+    assert stops == [(".", "\n\nUser:")]
 
 
 def test_a_conversation_that_does_not_fit_or_suit_the_template_is_refused_before_work(templated):
