@@ -1,6 +1,7 @@
 """Data sets by name, each with an explicit home: embedded, a folder, or the Hugging Face Hub.
 
     load("embedded:corpus", "train").text           # embedded:corpus:scipy is one of its domains
+    load("embedded:world:sums:2", "test").table     # a task of the world, and its difficulty (1 when not given)
     load("folder:/data/my_text", "test").documents
     load("hub:Salesforce/wikitext:wikitext-2-raw-v1", "test").provenance
     load("wikitext2_small", "test")    # the folder in PAPERS_DATA
@@ -20,6 +21,8 @@ from typing import Any
 
 from core.data import corpus
 from core.data.cache import cache_dir, digest, files_digest
+from core.data.world import SPLITS as WORLD_SPLITS
+from core.data.world import TASKS, World
 from core.errors import DataUnavailable, InvalidInput, unknown_name
 
 __all__ = ["CATALOG", "HubHome", "LoadedData", "cache_dir", "fingerprint", "is_spec", "load"]
@@ -140,7 +143,7 @@ def load(spec: str, split: str | None = None) -> LoadedData:
         return _load_hub(spec, home, split)
     if isinstance(home, Path):
         return _load_folder(spec, home, split)
-    return _load_corpus(spec, split)
+    return _load_world(spec, split) if _is_world(spec) else _load_corpus(spec, split)
 
 
 def fingerprint(spec: str) -> str:
@@ -153,15 +156,22 @@ def fingerprint(spec: str) -> str:
         return str(home)
     if isinstance(home, Path):
         return files_digest(_data_files(home))
-    return corpus.manifest_hash()
+    return World().content_hash if _is_world(spec) else corpus.manifest_hash()
+
+
+def _is_world(spec: str) -> bool:
+    return spec.split(":")[1] == "world"
 
 
 def _resolve(spec: str) -> HubHome | Path | None:
     home, _, rest = spec.partition(":")
     if home == "embedded":
         name, _, domain = rest.partition(":")
+        if name == "world":
+            _world_task(spec)
+            return None
         if name != "corpus":
-            raise unknown_name("embedded data set", name, ["corpus"])
+            raise unknown_name("embedded data set", name, ["corpus", "world"])
         if domain and domain not in corpus.DOMAINS:
             raise unknown_name("domain of embedded:corpus", domain, corpus.DOMAINS)
         return None
@@ -210,6 +220,30 @@ def _load_corpus(spec: str, split: str | None) -> LoadedData:
         spec,
         split,
         home=f"the docstrings of {which} (manifest {corpus.manifest_hash()[:16]})",
+        content_hash=digest(rows["text"].to_pylist()),
+        _rows=rows,
+    )
+
+
+def _world_task(spec: str) -> tuple[str, int]:
+    task, _, difficulty = spec.removeprefix("embedded:world").removeprefix(":").partition(":")
+    if task and task not in ("passages", *TASKS):
+        raise unknown_name("task of embedded:world", task, ["passages", *TASKS])
+    if difficulty and not difficulty.isdecimal():
+        raise InvalidInput(f"The world is `embedded:world[:task[:difficulty]]`, the difficulty a number; got `{spec}`.")
+    return task or "passages", int(difficulty or 1)
+
+
+def _load_world(spec: str, split: str | None) -> LoadedData:
+    if split is None:
+        raise InvalidInput(f"{spec} has the splits {', '.join(WORLD_SPLITS)}; name one.")
+    world = World()
+    task, difficulty = _world_task(spec)
+    rows = world.table(task, split, difficulty)
+    return LoadedData(
+        spec,
+        split,
+        home=f"the generated world of seed {world.seed} (content {world.content_hash[:16]})",
         content_hash=digest(rows["text"].to_pylist()),
         _rows=rows,
     )

@@ -214,3 +214,21 @@ def test_specs_are_told_from_other_texts():
     assert all(map(is_spec, ["c4", "hub:a/b", "folder:x", "embedded:corpus"]))
     assert not any(map(is_spec, ["c5", "http://x", "testbed:tiny_llama", ""]))
     assert set(catalog.CATALOG) >= {"wikitext2", "wikitext2_small", "tinyshakespeare", "c4"}
+
+
+def test_the_world_is_a_catalog_spec_with_a_task_and_a_difficulty() -> None:
+    sums = catalog.load("embedded:world:sums:2", "test")
+    again = catalog.load("embedded:world:sums:2", "test")
+    assert sums.content_hash == again.content_hash
+    assert sums.content_hash != catalog.load("embedded:world:sums:3", "test").content_hash
+    assert "####" in sums.documents[0]
+    assert catalog.load("embedded:world", "train").documents
+    for spec, message in (
+        ("embedded:world:sumz", "sums"),
+        ("embedded:world:sums:two", "a number"),
+        ("embedded:worlds", "world"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            catalog.load(spec, "test")
+    with pytest.raises(InvalidInput, match="splits"):
+        catalog.load("embedded:world:sums")
