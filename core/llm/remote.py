@@ -86,7 +86,7 @@ class OpenAIChat(Chat):
         cache: Path | str | None = None,
         prices: Prices | None = None,
     ) -> None:
-        require("openai", "agentoccam")
+        require("openai", "chat")
         super().__init__(cache=cache, prices=prices)
         if max_concurrency < 1:
             raise InvalidInput(f"max_concurrency must be at least 1; got {max_concurrency}.")
@@ -160,7 +160,7 @@ class _Batch:
     async def run(self) -> None:
         self._running.set_result((asyncio.get_running_loop(), asyncio.current_task()))
         try:
-            openai: Any = require("openai", "agentoccam")
+            openai: Any = require("openai", "chat")
             # The library wants some key; a server without one ignores it.
             client = openai.AsyncOpenAI(
                 api_key=self.chat._key or "none", base_url=self.chat.base_url, max_retries=0, timeout=None
@@ -234,7 +234,7 @@ class _Batch:
         return True
 
     async def _attempt(self, client: Any, conversation: Conversation, settings: Settings) -> Answer:
-        openai: Any = require("openai", "agentoccam")
+        openai: Any = require("openai", "chat")
         try:
             raw = await client.chat.completions.with_raw_response.create(
                 **payload(self.chat.model, conversation, settings, openai_itself=self.chat.base_url == OPENAI_URL)
