@@ -128,6 +128,12 @@ class Call:
         """The hidden state that entered."""
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
+    def without_hidden(self) -> Call:
+        """The call without its hidden state, which may be most of what it holds; `run` brings another."""
+        if "hidden_states" in self.kwargs:
+            return Call(self.args, {**self.kwargs, "hidden_states": None})
+        return Call((None, *self.args[1:]), self.kwargs)
+
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
@@ -263,7 +269,7 @@ def record(model: nn.Module, home: Home, seen: Survey, number: int, batches: Seq
         with recorder, _replaced(stack.blocks, stand_in), _resident_when_called(home, running, dense=False):
             _run(model, batch)
         calls = recorder.once(stack.blocks)
-        stack.calls.append(calls)
+        stack.calls.append([call.without_hidden() for call in calls])
         stack.hidden.append(calls[0].hidden)
     return stack
 

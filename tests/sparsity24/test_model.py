@@ -450,3 +450,19 @@ def test_pruning_raises_no_warning_of_its_own() -> None:
         warnings.simplefilter("always")
         prune_model(_llama(), _batches(), "prox-fast")
     assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []
+
+
+def test_recorded_calls_hold_no_hidden_state() -> None:
+    model = _llama(layers=3).eval()
+    inputs = [{"input_ids": batch} for batch in _batches()]
+    with torch.no_grad(), blocks.calm(model):
+        seen = blocks.survey(model, blocks.InMemory(), inputs[0])
+        stack = blocks.record(model, blocks.InMemory(), seen, 0, inputs)
+        for call in (call for calls in stack.calls for call in calls):
+            held = [*call.args, *call.kwargs.values()]
+            assert not any(isinstance(value, Tensor) and value.shape == stack.hidden[0].shape for value in held)
+        for index in range(3):
+            stack.advance(index)
+        expected = [model.model(batch).last_hidden_state for batch in _batches()]
+    for hidden, final in zip(stack.hidden, expected, strict=True):
+        assert torch.allclose(model.model.norm(hidden), final, atol=1e-5)
