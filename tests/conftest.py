@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 from beartype import BeartypeConf, beartype
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples on every machine, however slow it is.
+settings.register_profile("tenfold", deadline=None, derandomize=True)
+settings.load_profile("tenfold")
 
 # The hook wants the dotted name of a checker; ours lets an int stand for a float, as type checkers do.
 _typechecker = types.ModuleType("tenfold_typechecker")
