@@ -122,7 +122,7 @@ def test_every_linear_layer_of_a_block_is_two_of_four_and_nothing_else_changes()
             assert torch.equal(weight, before), name
     assert report.num_tokens == 120
     assert 0 < report.mean_rel_loss < 1
-    assert json.loads(json.dumps(report.to_dict()))["method"] == "prox"
+    assert json.loads(json.dumps(report.to_dict()))["method"] == "prox-fast"
 
 
 def test_layers_that_share_an_input_share_a_gram() -> None:

@@ -350,11 +350,16 @@ def test_a_call_killed_midway_goes_on_without_asking_anything_twice(server, tmp_
 
 def test_an_interrupt_cancels_what_is_open_at_once(server, monkeypatch):
     server.default = misbehave.slow(20)
+    # A shell starts what it puts in the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        connect(server, patience=Patience()).complete([say("a"), say("b")])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            connect(server, patience=Patience()).complete([say("a"), say("b")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 15
 
 
