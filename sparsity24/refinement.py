@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from core.errors import InvalidInput, unknown_name
-from sparsity24.problem import largest_eigenvalue, prepared
+from sparsity24.problem import all_finite, largest_eigenvalue, prepared
 
 How = Literal["gd", "nesterov", "cg", "exact"]
 
@@ -68,7 +68,7 @@ def refine(
         raise InvalidInput(
             f"Weight, mask and target have one shape; got {tuple(weight.shape)}, {tuple(mask.shape)} and {tuple(dense.shape)}."
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise InvalidInput("The weights to refine hold NaN or infinite values.")
     # V = W D and A = D^-1 H D^-1 with D = diag(H)^(1/2): Jacobi preconditioning, once and for all.
     scale = h.diagonal().clamp_min(0).sqrt()
@@ -78,13 +78,16 @@ def refine(
         rate = scale.square() / largest_eigenvalue(h)
     else:
         rate = torch.ones_like(scale) / (largest_eigenvalue(a) if how == "nesterov" else 1.0)
-    start = weight.to(w0.dtype) * mask
+    # A product with a mask of bools takes ten times one with numbers.
+    kept = mask.to(w0.dtype)
+    start = weight.to(w0.dtype) * kept
+    seen = (scale > 0).to(w0.dtype)
     result, num_steps, residual, size = torch.empty_like(w0), 0, 0.0, 0.0
     rows_a_chunk = max(1, _CHUNK_NUMEL // max(1, w0.shape[1]))
     for first in range(0, len(w0), rows_a_chunk):
         piece = slice(first, first + rows_a_chunk)
         # A feature that was never seen keeps its weight: no loss depends on it.
-        free = (mask[piece] & (scale > 0)).to(w0.dtype)
+        free = kept[piece] * seen
         target, origin = w0[piece] * scale, start[piece] * scale
         norm = (target * free).square().sum(1, keepdim=True)
         before = (origin - target) @ a
@@ -155,9 +158,11 @@ def _nesterov(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int
 
 def _conjugate_gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: int) -> int:
     eps = torch.finfo(v.dtype).eps
-    masked = gradient * problem.free
+    uphill = -problem.free
+    # The negative gradient on the places that may move.
+    masked = gradient * uphill
     image = torch.empty_like(masked)
-    direction, square = -masked, _row_dot(masked, masked, image)
+    direction, square = masked.clone(), _row_dot(masked, masked, image)
     # |direction|^2 by its own recurrence: the new gradient is orthogonal to the old direction.
     extent = square
     for step in range(steps):
@@ -170,10 +175,10 @@ def _conjugate_gradient(v: Tensor, gradient: Tensor, problem: _Problem, steps: i
         length = torch.where(going & (bend > eps * extent), square / bend, 0.0)
         v.addcmul_(direction, length)
         gradient.addcmul_(image, length)
-        torch.mul(gradient, problem.free, out=masked)
+        torch.mul(gradient, uphill, out=masked)
         following = _row_dot(masked, masked, image)
         ratio = torch.where(square > 0, following / square, 0.0)
-        direction.mul_(ratio).sub_(masked)
+        torch.addcmul(masked, direction, ratio, out=direction)
         extent = following + ratio.square() * extent
         square = following
     return steps
