@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from core.errors import RunInProgress
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -23,3 +27,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def sole_writer(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `lock`, or raise `RunInProgress`, saying `busy`, when another process holds it."""
+    # It brings asyncio along, which nothing that only writes needs.
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise RunInProgress(busy) from None
+    try:
+        yield
+    finally:
+        held.release()

@@ -9,20 +9,19 @@ import importlib
 import importlib.util
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
 from rich.console import Console
 
 from core import report
-from core.errors import CannotRunHere, InvalidEvidence, RunInProgress, TenfoldError, unknown_name
+from core.errors import CannotRunHere, InvalidEvidence, TenfoldError, unknown_name
 from core.experiment import Evidence, Kind, Preset, Verdict, claims, load_preset
-from core.files import write_atomic
+from core.files import sole_writer, write_atomic
 from core.machine import machine, versions
 from core.parallel import Outcome, Pool, Progressed, Started, Status, Task
 from core.records import Record, load_records, record_key, record_path, save_record
@@ -393,30 +392,16 @@ def _task_key(identity: tuple[str, int]) -> str:
     return f"{identity[0]}/{identity[1]}"
 
 
-@dataclass
-class _sole_writer:
+@contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
     """Holds the lock of an output folder; says who has it when it is taken."""
-
-    out: Path
-    _lock: filelock.FileLock = field(init=False)
-
-    def __enter__(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TenfoldError(
-                f"Cannot write into {self.out}: {error.strerror}. Choose a folder with --out."
-            ) from error
-        self._lock = filelock.FileLock(self.out / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            who = (self.out / ".writer").read_text() if (self.out / ".writer").exists() else "another process"
-            raise RunInProgress(
-                f"{who} is writing to {self.out}/. Wait for it, or choose another folder with --out."
-            ) from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TenfoldError(f"Cannot write into {out}: {error.strerror}. Choose a folder with --out.") from error
+    writer = out / ".writer"
+    who = writer.read_text() if writer.exists() else "another process"
+    with sole_writer(out / ".lock", f"{who} is writing to {out}/. Wait for it, or choose another folder with --out."):
         since = datetime.now().astimezone().strftime("%H:%M")
-        write_atomic(self.out / ".writer", f"Process {os.getpid()} on {socket.gethostname()}, since {since},")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        write_atomic(writer, f"Process {os.getpid()} on {socket.gethostname()}, since {since},")
+        yield

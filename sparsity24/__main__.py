@@ -85,8 +85,6 @@ def prune(
     if output.exists():
         raise InvalidInput(f"{output} exists. Choose another folder with --output, or remove it first.")
     _check_device(device)
-    if (unfinished := _unfinished(output)).exists():
-        _say(f"Going on with the unfinished run in {unfinished}.")
     streamed = model.startswith(("folder:", "hub:")) if stream is None else stream
     if streamed and not model.startswith(("folder:", "hub:")):
         raise InvalidInput(f"Only folder: and hub: models are streamed; {model} is loaded as a whole (--no-stream).")
@@ -161,9 +159,13 @@ def _check_device(device: str | None) -> None:
         raise InvalidInput(f"There is no CUDA device here; leave --device {device} out.")
 
 
-def _unfinished(output: Path) -> Path:
-    """Where a run keeps what it has until it is complete; the name that `prune_checkpoint` uses."""
-    return output.with_name(f".{output.name}.unfinished")
+def _going_on(output: Path) -> Path:
+    """Where a run into `output` keeps what it has; says so when there is something already."""
+    from sparsity24.resume import unfinished
+
+    if (found := unfinished(output)).exists():
+        _say(f"Going on with the unfinished run in {found}.")
+    return found
 
 
 def _from_files(
@@ -180,10 +182,10 @@ def _from_files(
     """Prune one block at a time, from the model's files to those of `output`."""
     import shutil
 
-    import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from core.errors import InvalidInput
+    from core.llm.causal import best_device
     from sparsity24.export import convert
     from sparsity24.model import PruneReport
     from sparsity24.places import REPORT_NAME
@@ -203,7 +205,8 @@ def _from_files(
         # What an interruption just before the conversion left.
         report = PruneReport.from_dict(json.loads((dense / REPORT_NAME).read_text()))
     else:
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _going_on(dense)
+        where = device or best_device()
         report = prune_checkpoint(folder, dense, batches, method, device=where, calibration=said, **settings)
     if first and dense != output:
         convert(dense, output, format)
@@ -232,7 +235,7 @@ def _in_memory(
 
     lm = CausalLM.load(model, device=device)
     batches, said = draw.batches(lm.tokenizer, lm.context_length)
-    unfinished = _unfinished(output)
+    unfinished = _going_on(output)
     if learning_steps:
         from sparsity24.mask_learning import learn_masks
 
@@ -263,7 +266,8 @@ def _processes() -> Iterator[tuple[bool, str | None]]:
     from torch import distributed as dist
 
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Counts and barriers are on the CPU, whatever the rows are on.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     own = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None
     if own is not None:
         torch.cuda.set_device(own)
@@ -307,11 +311,12 @@ def evaluate(
         _say(scores.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     else:
         length = min(window, lm.context_length or window)
-        _say(f"{evaluation.perplexity_on(lm, data, split, window=length, stride=stride, max_windows=max_windows)}.")
+        text = evaluation.tokenized(lm, data, split)
+        _say(f"{text.perplexity(lm, window=length, stride=stride, max_windows=max_windows)}.")
         if cloze:
             import torch
 
-            found = evaluation.cloze(lm, torch.tensor(evaluation.tokenized(lm, data, split).ids), cloze)
+            found = evaluation.cloze(lm, torch.tensor(text.ids), cloze)
             _say(
                 f"Cloze accuracy {found.correct.mean():.1%} (chance 25 %), log-likelihood of the true choice "
                 f"{found.log_likelihood.mean():.3f}, over {len(found.correct)} items."

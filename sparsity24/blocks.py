@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from core.errors import InvalidInput
 from core.progress import track
 from sparsity24.capture import Use, WeightWatch
+from sparsity24.prox import all_finite
 from sparsity24.weights import WeightRef, check_finite, expanded, matrices
 
 Blocks = dict[str, nn.Module]
@@ -202,7 +203,7 @@ def survey(model: nn.Module, home: Home, inputs: Mapping[str, Tensor]) -> Survey
                 parameters = matrices(model, {name: block})[name]
                 check_finite(parameters)
                 groups[name], hidden = _watched(parameters, block, call, hidden)
-        if not torch.isfinite(hidden).all():
+        if not all_finite(hidden):
             raise InvalidInput("The dense model gives NaN or infinite activations on the first calibration sequence.")
         expected = _first(outputs[-1])
         if float((hidden - expected).abs().max() / expected.abs().max().clamp_min(1e-30)) > 1e-3:
@@ -242,10 +243,10 @@ def _watched(
         else:
             members[at] += refs
     # A layer of its own that this sequence did not reach, such as an unfused expert: others may.
-    for name, module in block.named_modules():
-        for key in (key for key in parameters if key not in seen and key.endswith(f"{name}.weight")):
-            if isinstance(module, nn.Linear) and parameters[key] is module.weight:
-                members.append(list(expanded(key, parameters[key], False)))
+    linear = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+    for key, parameter in parameters.items():
+        if key not in seen and id(parameter) in linear:
+            members.append(list(expanded(key, parameter, False)))
     return [tuple(group) for group in members], output
 
 

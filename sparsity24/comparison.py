@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from core.errors import CheckpointError, InvalidInput, RunInProgress, unknown_name
-from core.files import write_atomic
+from core.errors import CheckpointError, InvalidInput, unknown_name
+from core.files import sole_writer, write_atomic
 from core.llm.causal import CausalLM
 from core.machine import versions
 from core.metrics.statistics import t_interval
@@ -243,14 +242,8 @@ def compare(
     _check(wanted, draws, texts, num_sequences, cloze_items)
     baseline = _reference(wanted, reference)
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunInProgress(
-            f"Another comparison is writing to {output_dir}. Wait for it, or choose another folder."
-        ) from None
-    try:
+    busy = f"Another comparison is writing to {output_dir}. Wait for it, or choose another folder."
+    with sole_writer(output_dir / ".lock", busy):
         lm = CausalLM.load(model, device=device) if isinstance(model, str) else model()
         bench = _Bench.prepare(
             lm,
@@ -274,8 +267,6 @@ def compare(
                     write_atomic(path, bench.run(recipe, draw).to_json())
                 found.append(Run.read(path))
                 bar.advance(note=f"{recipe}, draw {draw}: perplexity {math.exp(found[-1].nll[texts[0]]):.4g}")
-    finally:
-        lock.release()
     return Comparison(bench.settings, wanted, baseline, found[0], tuple(found[1:]))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from core.errors import InvalidInput
 from core.files import write_atomic
-from core.llm.causal import CausalLM
+from core.llm.causal import CausalLM, best_device
 from core.progress import track
 from sparsity24.card import model_card
 from sparsity24.folders import Folder, Format, Written, as_format, is_weight_file, sparse_matrices, write_folder
@@ -106,7 +106,7 @@ def load_model(spec: str, *, device: str | None = None) -> CausalLM:
     """The model that `CausalLM.load` would give for `spec`, from a folder in any of our formats too."""
     home, _, rest = spec.partition(":")
     folder = Path(rest).expanduser()
-    if home != "folder" or not (folder / "config.json").is_file() or Folder(folder).format == "dense":
+    if home != "folder" or not (folder / "config.json").is_file() or (kind := Folder(folder).format) == "dense":
         return CausalLM.load(spec, device=device)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -117,12 +117,10 @@ def load_model(spec: str, *, device: str | None = None) -> CausalLM:
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
     load_packed(folder, model)
-    kind = Folder(folder).format
     lm = CausalLM(
         model, AutoTokenizer.from_pretrained(folder), provenance=f"the folder {folder.name}, {kind}, unpacked"
     )
-    if device is not None:
-        lm.model.to(device)
+    lm.model.to(device or best_device())
     return lm
 
 

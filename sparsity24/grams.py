@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import InvalidInput
 from sparsity24.blocks import Stack
 from sparsity24.capture import GramAccumulator, Use, WeightWatch
+from sparsity24.prox import all_finite
 from sparsity24.ranks import Ranks
 from sparsity24.weights import WeightRef
 
@@ -130,7 +131,7 @@ def _filled(own: GramAccumulator, pool: GramAccumulator | None, group: Group) ->
         if missing:
             filled.add_sums(pool.gram() * missing, pool.mean() * missing, missing)
         gram, mean = filled.gram(), filled.mean()
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise InvalidInput(f"The inputs of `{group[0].name}` have NaN or infinite entries.")
     return LayerInputs(gram, mean, own.num_tokens)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from core.errors import InvalidInput
 from sparsity24 import refinement
 from sparsity24.methods import Method, as_method, pattern_of
 from sparsity24.problem import ALONE, LayerContext, LayerResult, ProxHistory, local_loss, prepared, relative_loss
+from sparsity24.prox import all_finite
 
 __all__ = ["LayerResult", "ProxHistory", "local_loss", "prune_layer", "relative_loss"]
 
@@ -56,7 +56,7 @@ def prune_layer(
 
 
 def _finite(result: LayerResult, name: str) -> LayerResult:
-    if bool(torch.isfinite(result.weight).all()):
+    if all_finite(result.weight):
         return result
     raise InvalidInput(
         f"Pruning {name} gave NaN or infinite weights in {result.weight.dtype}: its weights or inputs are too large for it. "

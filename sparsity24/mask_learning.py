@@ -10,7 +10,6 @@ group of four towards two non-zeros. The masks are the two largest of what was l
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +29,9 @@ from sparsity24.blocks import InMemory, calm, survey
 from sparsity24.calibration import Batch, as_inputs
 from sparsity24.pattern import TWO_FOUR
 from sparsity24.problem import ALONE, LayerContext, LayerResult, check_at_least, check_setting, prepared, result_of
-from sparsity24.prox import prox_planes, top2_mask
-from sparsity24.weights import WeightRef, check_real, select
+from sparsity24.prox import all_finite, prox_planes, top2_mask
+from sparsity24.resume import digest
+from sparsity24.weights import WeightRef, check_plain, check_real, select
 
 # Groups that go through the proximal operator at once: small weights together, so that calls do not dominate, and large
 # ones in parts, so that the working memory stays small.
@@ -231,13 +231,16 @@ def learn_masks(
         # Data and weights decide the masks; a checkpoint of others must not be continued.
         identity=None
         if checkpoint_dir is None
-        else {"sequences": _digest(sequences), "weights": _digest(keys.values())},
+        else {
+            "sequences": digest(dict(zip(map(str, range(len(sequences))), sequences, strict=True))),
+            "weights": digest(keys),
+        },
         description=f"Learning the masks of {len(refs)} weights",
     )
     learned, kept, changed, sparse = {}, 0, 0, 0
     for ref in refs:
         weight = ref.of(whole(_parameter(inner.model, ref).detach())).cpu()
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise TrainingDiverged(
                 f"`{ref.name}` has NaN or infinite entries after the last step. Lower learning_rate."
             )
@@ -365,14 +368,6 @@ def row_keys(weight: Float[Tensor, "rows width"]) -> Int[Tensor, " rows"]:
     return torch.cat(keys)
 
 
-def _digest(tensors: Any) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 def _parameter(model: nn.Module, ref: WeightRef) -> nn.Parameter:
     return model.get_parameter(ref.parameter)
 
@@ -396,6 +391,7 @@ def _sequences(model: nn.Module, batches: Sequence[Batch]) -> list[Int[Tensor, "
 def _refs(
     model: nn.Module, sequence: Tensor, skip: Sequence[str], strict: bool
 ) -> tuple[list[WeightRef], tuple[str, ...]]:
+    check_plain(model)
     with calm(model):
         seen = survey(model, InMemory(), {"input_ids": sequence[None]})
     selection = select(model, seen.blocks, seen.groups, pattern=TWO_FOUR, skip=skip, strict=strict)

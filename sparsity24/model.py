@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from core.data import cache
 from core.errors import InvalidInput
 from core.progress import Bar, progress, track
 from sparsity24 import refinement
@@ -37,7 +37,8 @@ from sparsity24.layer import prune_layer
 from sparsity24.methods import Method, as_method, pattern_of
 from sparsity24.packing import mask_digest
 from sparsity24.pattern import TWO_FOUR
-from sparsity24.problem import ALONE, LayerContext, relative_losses
+from sparsity24.problem import LayerContext, relative_losses
+from sparsity24.prox import all_finite
 from sparsity24.ranks import Ranks
 from sparsity24.resume import FinishedBlocks, digest
 from sparsity24.weights import Selection, WeightRef, check_plain, check_real, matrices, select
@@ -134,8 +135,8 @@ class Job:
 
     def key(self, inputs: Sequence[Mapping[str, Tensor]], skip: Sequence[str]) -> dict[str, Any]:
         """All that determines the result but the weights."""
-        sha = hashlib.sha256("".join(digest(batch) for batch in inputs).encode()).hexdigest()
-        return {**self.settings(), "skip": sorted(skip), "calibration": sha}
+        calibration = cache.digest(digest(batch) for batch in inputs)
+        return {**self.settings(), "skip": sorted(skip), "calibration": calibration}
 
     def settings(self) -> dict[str, Any]:
         """The fields that a report shows."""
@@ -351,13 +352,16 @@ def _prune_group(
     parts = [view.detach().float() for view in views]
     names = ", ".join(ref.name for ref in group)
     pattern = pattern_of(job.method)
+    # Rows that follow the pattern already stay bit for bit, whatever else is in their stack.
+    sparse = [pattern.holds(part) for part in parts]
     target = shifted_target(torch.cat(parts), inputs, job.target_mix)
     sizes = [len(part) for part in parts]
-    if all(pattern.holds(part) for part in parts):
+    if all(sparse):
         results, raw_parts, iterations, residual = parts, parts, 0, None
     else:
-        mine = ranks.rows(len(target)) if getattr(job.method, "splits_rows", False) else slice(None)
-        context = LayerContext(inputs.mean, ranks.total if mine != slice(None) else ALONE.total)
+        split = ranks.size > 1 and getattr(job.method, "splits_rows", False)
+        mine = ranks.rows(len(target)) if split else slice(None)
+        context = LayerContext(inputs.mean, ranks.total) if split else LayerContext(inputs.mean)
         pruned = prune_layer(target[mine], inputs.gram, job.method, "none", context=context, name=names)
         raw, weight, iterations, residual = pruned.weight, pruned.weight, pruned.iterations, None
         if job.refine != "none":
@@ -365,15 +369,14 @@ def _prune_group(
                 raw, pruned.mask, target[mine], inputs.gram, job.refine, steps=job.steps, tol=job.tol
             )
             residual = info.relative_residual
-        if mine != slice(None):
+        if split:
             raw, weight = ranks.gather(raw, len(target)), ranks.gather(weight, len(target))
         results, raw_parts = list(torch.split(weight, sizes)), list(torch.split(raw, sizes))
-    for ref, view, before, after, goal, dtype in zip(
-        group, views, raw_parts, results, torch.split(target, sizes), kept_in, strict=True
+    for ref, view, keep, before, after, goal, dtype in zip(
+        group, views, sparse, raw_parts, results, torch.split(target, sizes), kept_in, strict=True
     ):
-        # Rows that follow the pattern already stay bit for bit, whatever else is in their stack.
-        rounded = view.detach().to(dtype) if pattern.holds(view.detach()) else after.to(dtype)
-        if not torch.isfinite(rounded).all() or not pattern.holds(rounded):
+        rounded = view.detach().to(dtype) if keep else after.to(dtype)
+        if not all_finite(rounded) or not pattern.holds(rounded):
             raise InvalidInput(
                 f"Pruning `{ref.name}` gave NaN, infinite or dense weights in {dtype}: its weights or inputs are too large "
                 "to be squared. Leave it dense with skip=[...], or rescale the model."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.errors import InvalidInput
 from sparsity24.pattern import TWO_FOUR, Pattern
-from sparsity24.prox import WrongDtype
+from sparsity24.prox import WrongDtype, all_finite
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,6 @@ def relative_losses(
         return [0.0] * len(weights)
     # Rounding can leave a loss of nothing below zero.
     return [max(0.0, local_loss(weight.to(kind) / size, w0, h) / scale) for weight in weights]
-
-
-def all_finite(x: Float[Tensor, "..."]) -> bool:
-    """Whether nothing is NaN or infinite: from the extremes, which costs a fifteenth of looking at every entry's kind."""
-    return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 def prepared(

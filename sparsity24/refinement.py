@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from core.errors import InvalidInput, unknown_name
-from sparsity24.problem import all_finite, largest_eigenvalue, prepared
+from sparsity24.problem import largest_eigenvalue, prepared
+from sparsity24.prox import all_finite
 
 How = Literal["gd", "nesterov", "cg", "exact"]
 
@@ -35,7 +36,7 @@ class RefineInfo:
 
 def check_settings(how: str, steps: int, tol: float) -> None:
     """Refuse settings under which `refine` could not work; "none" is for callers that then do not call it."""
-    known = ("none", "gd", "nesterov", "cg", "exact")
+    known = ("none", *get_args(How))
     if how not in known:
         raise unknown_name("refinement", how, known)
     if steps < 0:

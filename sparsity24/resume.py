@@ -33,6 +33,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def unfinished(output_dir: Path) -> Path:
+    """Where a run keeps what it has until `output_dir` is complete."""
+    return output_dir.with_name(f".{output_dir.name}.unfinished")
+
+
 class FinishedBlocks:
     """A folder of finished blocks of one run: weights, layer reports, and the digest of the dense weights they came from.
 

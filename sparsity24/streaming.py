@@ -10,19 +10,18 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.errors import DataUnavailable, InvalidInput, RunInProgress
-from core.files import write_atomic
+from core.errors import DataUnavailable, InvalidInput
+from core.files import sole_writer, write_atomic
 from sparsity24.blocks import Blocks, calm, find_blocks, survey
 from sparsity24.calibration import Batch, as_inputs
 from sparsity24.card import model_card
@@ -31,7 +30,7 @@ from sparsity24.methods import Method, as_method, pattern_of
 from sparsity24.model import Job, PruneReport, one_sequence, prune_blocks
 from sparsity24.places import REPORT_NAME, Place, write_report
 from sparsity24.ranks import Ranks
-from sparsity24.resume import KEY_NAME, FinishedBlocks
+from sparsity24.resume import KEY_NAME, FinishedBlocks, unfinished
 from sparsity24.weights import select
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -79,52 +78,42 @@ def prune_checkpoint(
     blocks = find_blocks(model)
     _load_outside(model, blocks, names, source, compute)
     inputs = as_inputs(model, batches)
-    work = output_dir.with_name(f".{output_dir.name}.unfinished")
+    work = unfinished(output_dir)
     key = {**job.key(inputs, skip), "computed in": str(compute)}
     finished = FinishedBlocks(work, key, lambda name, _: (names[name], stored_dtypes[name]))
     home = Streamed(blocks, names, source, finished, device, compute)
     work.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), calm(model), _sole_writer(work):
+    lock = work.with_name(f"{work.name}.lock")
+    ranks = Ranks.current()
+    with ExitStack() as opened:
+        opened.enter_context(torch.no_grad())
+        opened.enter_context(calm(model))
+        if ranks.rank == 0:
+            # The first process of a torchrun holds it for all.
+            opened.callback(lock.unlink, missing_ok=True)
+            busy = f"Another process is pruning into {work}. Wait for it, or choose another folder."
+            opened.enter_context(sole_writer(lock, busy))
         seen = survey(model, home, one_sequence(inputs))
         selection = select(model, blocks, seen.groups, pattern=pattern_of(job.method), skip=skip, strict=strict)
         run = prune_blocks(model, home, seen, selection, inputs, job, finished=finished, dtypes=stored_dtypes)
-    report = replace(run.report(job, selection, time.perf_counter() - started), calibration=calibration)
-    ranks = Ranks.current()
-    if ranks.rank == 0:
-        pruned = [name for name, groups in selection.groups.items() if groups]
-        _complete(source, finished, pruned)
-        places = {
-            layer.name: (Place(names[w.parameter], w.expert, w.transposed, 0, 0, layer.shape[0]),)
-            for layer in report.layers
-            for w in [layer.weight]
-        }
-        write_report(work, report, places)
-        write_atomic(work / "README.md", model_card(model, report))
-        for left in work.glob("*.partial"):
-            left.unlink()
-        # The key goes last: without it the folder could not be told from another run's, and would not be gone on with.
-        work.replace(output_dir)
-        (output_dir / KEY_NAME).unlink()
-    ranks.total(torch.zeros(1))
+        report = replace(run.report(job, selection, time.perf_counter() - started), calibration=calibration)
+        if ranks.rank == 0:
+            pruned = [name for name, groups in selection.groups.items() if groups]
+            _complete(source, finished, pruned)
+            places = {
+                layer.name: (Place(names[w.parameter], w.expert, w.transposed, 0, 0, layer.shape[0]),)
+                for layer in report.layers
+                for w in [layer.weight]
+            }
+            write_report(work, report, places)
+            write_atomic(work / "README.md", model_card(model, report))
+            for left in work.glob("*.partial"):
+                left.unlink()
+            # The key goes last: without it the folder could not be told from another run's, and would not be gone on with.
+            work.replace(output_dir)
+            (output_dir / KEY_NAME).unlink()
+        ranks.total(torch.zeros(1))
     return report
-
-
-@contextmanager
-def _sole_writer(work: Path) -> Iterator[None]:
-    """Holds the lock of an unfinished folder; the first process of a torchrun holds it for all."""
-    if Ranks.current().rank:
-        yield
-        return
-    lock = FileLock(work.with_name(f"{work.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunInProgress(f"Another process is pruning into {work}. Wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def local_folder(spec: str) -> Path:

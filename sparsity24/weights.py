@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.errors import InvalidInput
 from sparsity24.pattern import Pattern
+from sparsity24.prox import all_finite
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def check_real(parameters: Mapping[str, Tensor]) -> None:
 def check_finite(parameters: Mapping[str, Tensor]) -> None:
     """Refuse weights with NaN or infinite entries."""
     for name, weight in parameters.items():
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise InvalidInput(f"The weight `{name}` has NaN or infinite entries.")
 
 

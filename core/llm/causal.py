@@ -81,7 +81,7 @@ class CausalLM:
         and float32 on a CPU. Raises `InvalidInput` on a malformed spec and `DataUnavailable` when the home lacks it.
         """
         home, _, rest = spec.partition(":")
-        target = torch.device(device) if device is not None else _best_device()
+        target = torch.device(device) if device is not None else best_device()
         kind = _dtype(dtype)
         if kind is None and target.type == "cpu":
             kind = torch.float32
@@ -330,7 +330,8 @@ def _load_testbed(home: str, rest: str) -> CausalLM:
     return testbed.tiny_llama(seed=int(settings.get("seed", "0")))
 
 
-def _best_device() -> torch.device:
+def best_device() -> torch.device:
+    """An accelerator where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
