@@ -1,0 +1,64 @@
+"""What a built data set was made with, so that it is never continued, or trained on, with something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.data.cache import digest
+from core.errors import InvalidInput
+from core.llm.examples import EncodedPair
+
+
+def model_digest(model: Any) -> str:
+    """The sha256 (first 16 hex digits) of a model's weights and of what its configuration says about computing."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return total.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """The sha256 (first 16 hex digits) of a tokenizer's vocabulary, merges, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    inside = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return digest([inside, special, str(getattr(tokenizer, "chat_template", None))])[:16]
+
+
+def pairs_digest(pairs: Sequence[EncodedPair]) -> str:
+    """The sha256 (first 16 hex digits) of demonstrations, in their order."""
+    parts = (np.asarray(ids, dtype=np.int64).tobytes() for pair in pairs for ids in (pair.prompt_ids, pair.target_ids))
+    return digest(parts)[:16]
+
+
+def describe_method(method: Any) -> dict[str, Any]:
+    """A method's class and settings as JSON values; functions by the beta they give."""
+    return {"name": type(method).__name__, **{f.name: _plain(getattr(method, f.name)) for f in fields(method)}}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def check_provenance(stamp: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Raise `InvalidInput` when `stamp` differs from `expected` in anything that `expected` names, and say in what."""
+    different = [name for name in expected if stamp.get(name) != expected[name]]
+    if different:
+        details = "; ".join(f"{name}: {stamp.get(name)!r} there, {expected[name]!r} here" for name in different)
+        raise InvalidInput(f"{what} was made with another {' and '.join(different)} ({details}).")

@@ -1,0 +1,65 @@
+"""Mixing schedules: how probable it is that a position shows the model's own token, over rounds or steps.
+
+A schedule is a function `(step, total) -> beta`: `step` is the round for batch-scheduled sampling and the optimizer step for
+the online form. Bengio et al. (2015) wrote theirs for the probability of the *gold* token, epsilon = 1 - beta; here all give
+beta. Every factory returns a monotone function with values in [0, 1], and refuses parameters that could not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from core.errors import InvalidInput
+
+Schedule = Callable[[int, int], float]
+
+
+def constant(beta: float) -> Schedule:
+    """The same beta throughout."""
+    _probability(beta, "beta")
+    return lambda step, total: beta
+
+
+def linear(start: float = 0.0, end: float = 0.3) -> Schedule:
+    """From `start` in the first step to `end` in the last, in equal parts; `start` when there is only one."""
+    _probability(start, "start")
+    _probability(end, "end")
+    return lambda step, total: start + (end - start) * step / max(1, total - 1)
+
+
+def linear_decay(offset: float = 1.0, slope: float = 0.1, floor: float = 0.0) -> Schedule:
+    """Bengio's linear decay of the gold probability, epsilon_i = max(floor, offset - slope * i)."""
+    _probability(floor, "floor")
+    _probability(offset, "offset")
+    if not (slope >= 0 and math.isfinite(slope)):
+        raise InvalidInput(f"slope is how fast the gold probability falls, at least 0; got {slope}.")
+    return lambda step, total: 1.0 - max(floor, offset - slope * step)
+
+
+def exponential(base: float = 0.99) -> Schedule:
+    """Bengio's exponential decay of the gold probability, epsilon_i = base ** i with 0 < base < 1."""
+    if not 0 < base < 1:
+        raise InvalidInput(f"base is between 0 and 1, so that base ** i decays; got {base}.")
+    return lambda step, total: 1.0 - base**step
+
+
+def inverse_sigmoid(decay: float = 10.0) -> Schedule:
+    """Bengio's inverse sigmoid decay, epsilon_i = decay / (decay + exp(i / decay)) with decay >= 1.
+
+    It begins at beta = 1 / (decay + 1), not at 0.
+    """
+    if not (decay >= 1 and math.isfinite(decay)):
+        raise InvalidInput(f"decay is at least 1; got {decay}.")
+
+    def schedule(step: int, total: int) -> float:
+        exponent = step / decay
+        # exp overflows at 709; the gold probability is zero long before.
+        return 1.0 if exponent > 700 else 1.0 - decay / (decay + math.exp(exponent))
+
+    return schedule
+
+
+def _probability(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise InvalidInput(f"{name} is a probability, from 0 to 1; got {value}.")
