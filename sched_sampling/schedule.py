@@ -1,6 +1,6 @@
 """Mixing schedules: how probable it is that a position shows the model's own token, over rounds or steps.
 
-A schedule is a function `(step, total) -> beta`: `step` is the round for batch-scheduled sampling and the optimizer step for
+A schedule is called as `schedule(step, total)` and returns beta: `step` is the round for batch-scheduled sampling and the optimizer step for
 the online form. Bengio et al. (2015) wrote theirs for the probability of the *gold* token, epsilon = 1 - beta; here all give
 beta. Every factory returns a monotone function with values in [0, 1], and refuses parameters that could not.
 """
@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from core.errors import InvalidInput
 
-Schedule = Callable[[int, int], float]
+
+@dataclass(frozen=True)
+class Schedule:
+    """A function `(step, total) -> beta` that knows its name and parameters, so that a run can be described by them."""
+
+    name: str
+    parameters: tuple[float, ...]
+    _function: Callable[[int, int], float]
+
+    def __call__(self, step: int, total: int) -> float:
+        """Beta at `step` of `total`."""
+        return self._function(step, total)
 
 
 def constant(beta: float) -> Schedule:
     """The same beta throughout."""
     _probability(beta, "beta")
-    return lambda step, total: beta
+    return Schedule("constant", (beta,), lambda step, total: beta)
 
 
 def linear(start: float = 0.0, end: float = 0.3) -> Schedule:
     """From `start` in the first step to `end` in the last, in equal parts; `start` when there is only one."""
     _probability(start, "start")
     _probability(end, "end")
-    return lambda step, total: start + (end - start) * step / max(1, total - 1)
+    return Schedule("linear", (start, end), lambda step, total: start + (end - start) * step / max(1, total - 1))
 
 
 def linear_decay(offset: float = 1.0, slope: float = 0.1, floor: float = 0.0) -> Schedule:
@@ -34,14 +46,15 @@ def linear_decay(offset: float = 1.0, slope: float = 0.1, floor: float = 0.0) ->
     _probability(offset, "offset")
     if not (slope >= 0 and math.isfinite(slope)):
         raise InvalidInput(f"slope is how fast the gold probability falls, at least 0; got {slope}.")
-    return lambda step, total: 1.0 - max(floor, offset - slope * step)
+    parameters = (offset, slope, floor)
+    return Schedule("linear_decay", parameters, lambda step, total: 1.0 - max(floor, offset - slope * step))
 
 
 def exponential(base: float = 0.99) -> Schedule:
     """Bengio's exponential decay of the gold probability, epsilon_i = base ** i with 0 < base < 1."""
     if not 0 < base < 1:
         raise InvalidInput(f"base is between 0 and 1, so that base ** i decays; got {base}.")
-    return lambda step, total: 1.0 - base**step
+    return Schedule("exponential", (base,), lambda step, total: 1.0 - base**step)
 
 
 def inverse_sigmoid(decay: float = 10.0) -> Schedule:
@@ -52,12 +65,12 @@ def inverse_sigmoid(decay: float = 10.0) -> Schedule:
     if not (decay >= 1 and math.isfinite(decay)):
         raise InvalidInput(f"decay is at least 1; got {decay}.")
 
-    def schedule(step: int, total: int) -> float:
+    def beta(step: int, total: int) -> float:
         exponent = step / decay
         # exp overflows at 709; the gold probability is zero long before.
         return 1.0 if exponent > 700 else 1.0 - decay / (decay + math.exp(exponent))
 
-    return schedule
+    return Schedule("inverse_sigmoid", (decay,), beta)
 
 
 def _probability(value: float, name: str) -> None:

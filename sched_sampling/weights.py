@@ -19,7 +19,9 @@ from core.files import write_atomic
 def trained_state(model: Any) -> dict[str, Tensor]:
     """A copy of every parameter with `requires_grad`, by name, on the CPU."""
     return {
-        name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
