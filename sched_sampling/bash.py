@@ -8,8 +8,8 @@ own mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,10 @@ class BatchScheduledSampling(Method):
     def build(self, job: RoundJob) -> Built:
         """The mixed data set of the round, and which share of its answer tokens was replaced and changed."""
         beta = self.schedule(job.round, job.rounds)
-        options = {name: value for name, value in vars(self.mixing).items()}
         folder = None if job.folder is None else job.folder / "data"
-        data = bash_dataset(job.model, job.tokenizer, job.pairs, beta, seed=job.seed, output_dir=folder, **options)
+        data = bash_dataset(
+            job.model, job.tokenizer, job.pairs, beta, seed=job.seed, output_dir=folder, **vars(self.mixing)
+        )
         return Built(data, {"beta": beta, **mixing_shares(data)})
 
 

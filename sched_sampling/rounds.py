@@ -25,6 +25,7 @@ from core.llm.examples import EncodedPair, collate, encode_pairs
 from core.llm.finetuning import Finetuning, completion_loss, finetune
 from core.training import History
 from core.training.loop import Hook
+from sched_sampling.processes import processes
 from sched_sampling.provenance import describe_method, model_digest, pairs_digest
 from sched_sampling.weights import load_trained, save_trained
 
@@ -128,18 +129,21 @@ class Method(ABC):
             raise InvalidInput("There are no pairs to train on.")
         folder = None if output_dir is None else Path(output_dir)
         reports: list[RoundReport] = []
+        group = processes()
         with ExitStack() as stack:
             start = 0
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(sole_writer(folder / ".lock", f"Another process trains into {folder}."))
+                if group.rank == 0:
+                    stack.enter_context(sole_writer(folder / ".lock", f"Another process trains into {folder}."))
                 identity = {
                     "method": describe_method(self),
                     "model": model_digest(model),
                     "pairs": pairs_digest(encoded),
                     "seed": seed,
                 }
-                _same_run(folder, identity)
+                _same_run(folder, identity, first=group.rank == 0)
+                group.wait()
                 reports = _finished_rounds(folder)
                 start = len(reports)
                 if start:
@@ -150,9 +154,10 @@ class Method(ABC):
                 home = None if folder is None else _round_folder(folder, number)
                 job = RoundJob(number, self.rounds, model, tokenizer, encoded, texts, _round_seed(seed, number), home)
                 reports.append(self._round(job, evaluate, hooks))
-                if home is not None:
+                if home is not None and group.rank == 0:
                     save_trained(model, home / "model.safetensors")
                     write_atomic(home / "report.json", json.dumps(asdict(reports[-1])))
+                group.wait()
         return reports
 
     def _round(self, job: RoundJob, evaluate: Evaluate | None, hooks: Sequence[Hook]) -> RoundReport:
@@ -194,11 +199,12 @@ def _round_folder(folder: Path, number: int) -> Path:
     return folder / f"round-{number:02d}"
 
 
-def _same_run(folder: Path, identity: Mapping[str, Any]) -> None:
+def _same_run(folder: Path, identity: Mapping[str, Any], *, first: bool) -> None:
     record = folder / "run.json"
     wanted = json.loads(json.dumps(identity))
     if not record.exists():
-        write_atomic(record, json.dumps(wanted, indent=1))
+        if first:
+            write_atomic(record, json.dumps(wanted, indent=1))
         return
     found = json.loads(record.read_text())
     different = [name for name in wanted if found.get(name) != wanted[name]]

@@ -1,8 +1,8 @@
 """Mixing schedules: how probable it is that a position shows the model's own token, over rounds or steps.
 
-A schedule is called as `schedule(step, total)` and returns beta: `step` is the round for batch-scheduled sampling and the optimizer step for
-the online form. Bengio et al. (2015) wrote theirs for the probability of the *gold* token, epsilon = 1 - beta; here all give
-beta. Every factory returns a monotone function with values in [0, 1], and refuses parameters that could not.
+A schedule is called as `schedule(step, total)` and returns beta: `step` is the round for batch-scheduled sampling and the
+optimizer step for the online form. Bengio et al. (2015) wrote theirs for the probability of the *gold* token, epsilon = 1 -
+beta; here all give beta. Each is monotone with values in [0, 1], and parameters that would not make it so are refused.
 """
 
 from __future__ import annotations

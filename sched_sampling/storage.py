@@ -14,6 +14,7 @@ from typing import Any
 from core.errors import DataUnavailable, InvalidInput
 from core.files import write_atomic
 from core.progress import track
+from sched_sampling.processes import processes
 from sched_sampling.provenance import check_provenance
 
 _STAMP = "provenance.json"
@@ -44,19 +45,19 @@ def build_dataset(
         data.info.description = json.dumps(wanted)
         return data
     folder = Path(output_dir)
-    rank, world_size, wait = _processes()
+    group = processes()
     if (folder / _STAMP).exists():
         check_provenance(_stamp(folder), wanted, f"The data set in {folder}")
     elif folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty and holds no data set of ours. Choose another folder.")
-    elif rank == 0:
+    elif group.rank == 0:
         write_atomic(folder / _STAMP, json.dumps({**wanted, "num_files": len(parts)}, indent=1))
-    wait()
-    mine = [number for number in range(len(parts)) if number % world_size == rank]
+    group.wait()
+    mine = [number for number in range(len(parts)) if number % group.world_size == group.rank]
     missing = [number for number in mine if not _file(folder, number).exists()]
     for number in track(missing, f"Building {len(missing)} files") if len(missing) > 1 else missing:
         _write(_file(folder, number), build(parts[number]))
-    wait()
+    group.wait()
     return load_mixed(folder)
 
 
@@ -109,12 +110,3 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     write_atomic(path, sink.getvalue())
-
-
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    from accelerate import PartialState
-
-    state = PartialState() if PartialState._shared_state else None
-    return (
-        (0, 1, lambda: None) if state is None else (state.process_index, state.num_processes, state.wait_for_everyone)
-    )
