@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +62,12 @@ class Mixed:
 class Mixing:
     """How answers are mixed: the options of `mix` and `mix_rows`, checked once."""
 
-    proposal: Literal["mixed", "gold", "rollout", "random"] = "mixed"
+    proposal: str = "mixed"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     protected_ids: Collection[int] = ()
-    engine: Literal["auto", "parallel", "sequential"] = "auto"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""

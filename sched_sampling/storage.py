@@ -46,13 +46,10 @@ def build_dataset(
         return data
     folder = Path(output_dir)
     group = processes()
-    if (folder / _STAMP).exists():
-        check_provenance(_stamp(folder), wanted, f"The data set in {folder}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InvalidInput(f"{folder} is not empty and holds no data set of ours. Choose another folder.")
-    elif group.rank == 0:
-        write_atomic(folder / _STAMP, json.dumps({**wanted, "num_files": len(parts)}, indent=1))
+    if group.rank == 0:
+        _claim(folder, wanted, len(parts))
     group.wait()
+    check_provenance(_stamp(folder), wanted, f"The data set in {folder}")
     mine = [number for number in range(len(parts)) if number % group.world_size == group.rank]
     missing = [number for number in mine if not _file(folder, number).exists()]
     for number in track(missing, f"Building {len(missing)} files") if len(missing) > 1 else missing:
@@ -89,6 +86,14 @@ def provenance(data: Any) -> dict[str, Any]:
         return dict(json.loads(data.info.description))
     except (AttributeError, TypeError, ValueError):
         return {}
+
+
+def _claim(folder: Path, stamp: Mapping[str, Any], num_files: int) -> None:
+    if (folder / _STAMP).exists():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InvalidInput(f"{folder} is not empty and holds no data set of ours. Choose another folder.")
+    write_atomic(folder / _STAMP, json.dumps({**stamp, "num_files": num_files}, indent=1))
 
 
 def _stamp(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ settings.load_profile("tenfold")
 _typechecker = types.ModuleType("tenfold_typechecker")
 _typechecker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
 sys.modules["tenfold_typechecker"] = _typechecker
-install_import_hook(["core", "sparsity24", "papers"], "tenfold_typechecker.check")
+install_import_hook(["core", "sched_sampling", "sparsity24", "papers"], "tenfold_typechecker.check")
 
 
 @pytest.fixture(scope="session")
