@@ -18,7 +18,7 @@ import numpy as np
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
 from sched_sampling.mixing import Mixing, MixedRow, mix_rows
-from sched_sampling.provenance import model_digest, pairs_digest, tokenizer_digest
+from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, context_length
 from sched_sampling.schedule import Schedule, linear
 from sched_sampling.storage import build_dataset
@@ -52,6 +52,7 @@ def bash_dataset(
     beta: float | Sequence[float],
     *,
     seed: int = 0,
+    rollouts: Sequence[Sequence[int]] | None = None,
     output_dir: str | Path | None = None,
     rows_per_file: int = 1024,
     **options: Any,
@@ -59,7 +60,8 @@ def bash_dataset(
     """The mixed data set of `pairs` as a `datasets.Dataset` with `input_ids`, `labels`, `replaced` and `row`.
 
     `options` are those of `sched_sampling.mixing.Mixing`; special tokens of the tokenizer and of the model's configuration
-    are protected besides. With an `output_dir` it is written in Arrow files of `rows_per_file` rows as it is produced, with
+    are protected besides. `rollouts` are the answers of the proposal `rollout`, from any server (`sched_sampling.drafting`),
+    as token ids without an end; None lets `model` answer. With an `output_dir` it is written in Arrow files of `rows_per_file` rows as it is produced, with
     its provenance: the same call goes on where it was killed, processes of a `torchrun` share the files, and
     `load_mixed(output_dir)` reads it later.
 
@@ -69,13 +71,18 @@ def bash_dataset(
     encoded = encode_pairs(tokenizer, pairs, max_length=context_length(model))
     if not encoded:
         raise InvalidInput("There are no pairs to mix.")
+    if rollouts is not None and len(rollouts) != len(encoded):
+        raise InvalidInput(f"rollouts has one answer for each pair; got {len(rollouts)} for {len(encoded)} pairs.")
     protected = protected_ids(model, tokenizer) | frozenset(options.pop("protected_ids", ()))
     mixing = Mixing(protected_ids=protected, **options)
     settings = {name: getattr(mixing, name) for name in ("proposal", "temperature", "top_k", "top_p", "engine")}
 
     def build(numbers: Sequence[int]) -> list[dict[str, Any]]:
         part = [encoded[i] for i in numbers]
-        mixed = mix_rows(model, part, beta, seed=seed, row_ids=numbers, protected_ids=protected, **settings)
+        answers = None if rollouts is None else [rollouts[i] for i in numbers]
+        mixed = mix_rows(
+            model, part, beta, seed=seed, row_ids=numbers, rollouts=answers, protected_ids=protected, **settings
+        )
         return [mixed_row(pair, row, number) for pair, row, number in zip(part, mixed, numbers, strict=True)]
 
     del settings["engine"]
@@ -88,6 +95,7 @@ def bash_dataset(
         "model": model_digest(model),
         "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         "pairs": pairs_digest(encoded),
+        "rollouts": None if rollouts is None else ids_digest(rollouts),
         "rows_per_file": rows_per_file,
     }
     return build_dataset(build, len(encoded), stamp, output_dir, rows_per_file=rows_per_file)

@@ -35,8 +35,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def pairs_digest(pairs: Sequence[EncodedPair]) -> str:
     """The sha256 (first 16 hex digits) of demonstrations, in their order."""
-    parts = (np.asarray(ids, dtype=np.int64).tobytes() for pair in pairs for ids in (pair.prompt_ids, pair.target_ids))
-    return digest(parts)[:16]
+    return ids_digest([ids for pair in pairs for ids in (pair.prompt_ids, pair.target_ids)])
+
+
+def ids_digest(rows: Sequence[Sequence[int]]) -> str:
+    """The sha256 (first 16 hex digits) of rows of token ids."""
+    return digest(np.asarray(ids, dtype=np.int64).tobytes() for ids in rows)[:16]
 
 
 def describe_method(method: Any) -> dict[str, Any]:
