@@ -25,7 +25,11 @@ from core.training.checkpoint import Checkpoint, load_checkpoint, lock, save_che
 
 
 class TrainingDiverged(TenfoldError, ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite at update `step` (the first is 1)."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Step(ABC):
@@ -285,9 +289,11 @@ def _finite(pending: Sequence[Mapping[str, SupportsFloat]], position: int) -> li
     rows = [{key: float(value) for key, value in row.items()} for row in pending]
     for index, row in enumerate(rows):
         if not math.isfinite(row.get("loss", 0.0)):
+            step = position - len(rows) + index + 1
             raise TrainingDiverged(
-                f"The loss is {row['loss']} at step {position - len(rows) + index + 1}. Lower learning_rate, clip with "
-                "max_grad_norm, or look at that batch; the last checkpoint is from before it."
+                f"The loss is {row['loss']} at step {step}. Lower learning_rate, clip with max_grad_norm, or look at that "
+                "batch; the last checkpoint is from before it.",
+                step,
             )
     return list(rows)
 

@@ -1,0 +1,204 @@
+"""Fine-tuning of a causal language model on rows of `input_ids` and `labels`, whole or with LoRA adapters.
+
+rows = [supervised_row(pair) for pair in encode_pairs(tokenizer, pairs)]
+finetune(model, rows, Finetuning(num_epochs=1, batch_size=32, learning_rate=2e-5))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from core.errors import InvalidInput, require
+from core.llm import examples
+from core.llm.examples import IGNORED
+from core.llm.modes import in_mode
+from core.training.loop import Batches, History, Hook, TrainingDiverged, fit
+from core.training.torch import TorchStep
+
+Rows = Sequence[Mapping[str, Any]]
+Collate = Callable[[Rows], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """The settings of one training run; what they mean is in `core.training.torch.TorchStep`.
+
+    `num_steps` None makes `num_epochs` passes over the rows. A batch counts rows over all processes and micro-batches, and
+    is all rows where there are fewer.
+    """
+
+    num_steps: int | None = None
+    num_epochs: float = 1.0
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    schedule_options: Mapping[str, Any] | None = None
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = "no"
+    packing: bool = False
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a run without updates."""
+        if self.batch_size < 1 or (self.num_steps is not None and self.num_steps < 1) or not self.num_epochs > 0:
+            raise InvalidInput(
+                "batch_size and num_steps are at least 1 and num_epochs is above 0; got "
+                f"batch_size={self.batch_size}, num_steps={self.num_steps}, num_epochs={self.num_epochs}."
+            )
+
+    def steps(self, num_rows: int) -> int:
+        """How many updates the run makes on so many rows."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return max(1, round(self.num_epochs * (num_rows // min(self.batch_size, num_rows))))
+
+
+def completion_loss(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, ""]:
+    """The negative log-likelihood (natural logarithm) of the batch's target tokens, as a mean.
+
+    `num_targets` of the batch, where it is there, is what the sum is divided by: micro-batches and processes with few
+    targets then weigh less, and their average is the mean over all targets.
+    """
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    wanted = targets != IGNORED
+    # Prompts are most of many data sets: their logits are left out before anything is computed with them.
+    total = functional.cross_entropy(logits[:, :-1][wanted].float(), targets[wanted], reduction="sum")
+    return total / (batch["num_targets"] if "num_targets" in batch else wanted.sum())
+
+
+def finetune(
+    model: Any,
+    rows: Rows,
+    settings: Finetuning,
+    *,
+    seed: int = 0,
+    loss: Callable[[Any, Any], Tensor] = completion_loss,
+    collate: Collate | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    hooks: Sequence[Hook] = (),
+    device: str | torch.device | None = None,
+    description: str = "Fine-tuning",
+) -> History:
+    """Train `model` in place on rows (a list, or a `datasets.Dataset`) and return what happened.
+
+    `seed` decides the order of the rows and dropout. The model is in training mode meanwhile, and afterwards every module
+    is in the mode it was in. `collate` makes a batch of rows (None: `core.llm.examples.collate`, packed if the settings say
+    so). A run with a `checkpoint_dir` resumes exactly; `device` None takes the one that the model is on when it runs alone.
+
+    Raises `InvalidInput` on no rows, and `TrainingDiverged`, naming the rows, when the loss is not finite.
+    """
+    if not len(rows):
+        raise InvalidInput("There are no rows to train on.")
+    num_steps = settings.steps(len(rows))
+    step = TorchStep(
+        model,
+        loss,
+        learning_rate=settings.learning_rate,
+        num_steps=num_steps,
+        optimizer=settings.optimizer,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        schedule=settings.schedule,
+        schedule_options=settings.schedule_options,
+        warmup_steps=min(settings.warmup_steps, num_steps),
+        max_grad_norm=settings.max_grad_norm,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,  # type: ignore[arg-type]
+        split=lambda parts, _: parts,
+        device=device if device is not None else _own_device(model),
+        seed=seed,
+    )
+    batches = Batches(len(rows), min(settings.batch_size, len(rows)), seed=seed)
+    make = collate or (lambda chosen: examples.collate(chosen, packing=settings.packing))
+
+    def fetch(indices: Int[np.ndarray, " part"]) -> Any:
+        chosen, parts = _at(rows, indices), settings.gradient_accumulation_steps
+        if len(chosen) < parts:
+            raise InvalidInput(
+                f"gradient_accumulation_steps={parts} cuts each process's batch into parts, and this one has {len(chosen)} rows."
+            )
+        made = [make(chosen[part::parts]) for part in range(parts)]
+        _weigh(made, step)
+        return made[0] if parts == 1 else made
+
+    with in_mode(model, training=True):
+        try:
+            return fit(
+                step,
+                fetch,
+                batches,
+                num_steps=num_steps,
+                hooks=hooks,
+                checkpoint_dir=checkpoint_dir,
+                checkpoint_every=checkpoint_every,
+                identity={"packing": settings.packing, **(identity or {})},
+                description=description,
+            )
+        except TrainingDiverged as error:
+            named = sorted(int(row) for row in batches.indices(error.step - 1))
+            raise TrainingDiverged(f"{error} It holds the rows {', '.join(map(str, named))}.", error.step) from error
+
+
+def add_lora(
+    model: Any,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> Any:
+    """`model` with LoRA adapters (peft), which are then all that trains; `seed` decides their first values.
+
+    Raises `MissingExtra` without peft.
+    """
+    peft = require("peft", "sched_sampling")
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def _own_device(model: Any) -> torch.device | None:
+    return None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else next(model.parameters()).device
+
+
+def _at(rows: Any, indices: Int[np.ndarray, " part"]) -> list[Mapping[str, Any]]:
+    if not hasattr(rows, "column_names"):
+        return [rows[int(i)] for i in indices]
+    # One reading of many rows is several times as fast as many of one.
+    columns = rows[[int(i) for i in indices]]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _weigh(batches: Sequence[dict[str, Any]], step: TorchStep) -> None:
+    """Give every micro-batch the number that its loss is divided by: the average number of targets of one."""
+    if not all(isinstance(batch, dict) and "labels" in batch for batch in batches):
+        return
+    total = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    count = torch.tensor(total / len(batches), device=step.device)
+    if step.world_size > 1:
+        count = reduce(count, "mean")
+    for batch in batches:
+        batch["num_targets"] = count
