@@ -17,7 +17,7 @@ import numpy as np
 
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
-from sched_sampling.mixing import Mixing, MixedRow, mix_rows
+from sched_sampling.mixing import MixedRow, Mixing, mix_rows
 from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, context_length
 from sched_sampling.schedule import Schedule, linear
@@ -61,9 +61,9 @@ def bash_dataset(
 
     `options` are those of `sched_sampling.mixing.Mixing`; special tokens of the tokenizer and of the model's configuration
     are protected besides. `rollouts` are the answers of the proposal `rollout`, from any server (`sched_sampling.drafting`),
-    as token ids without an end; None lets `model` answer. With an `output_dir` it is written in Arrow files of `rows_per_file` rows as it is produced, with
-    its provenance: the same call goes on where it was killed, processes of a `torchrun` share the files, and
-    `load_mixed(output_dir)` reads it later.
+    as token ids without an end; None lets `model` answer. With an `output_dir` the data set is written in Arrow files of
+    `rows_per_file` rows as it is produced, with its provenance: the same call goes on where it was killed, processes of a
+    `torchrun` share the files, and `load_mixed(output_dir)` reads it later.
 
     Raises `InvalidInput` before any work on pairs or options that cannot be used, and when `output_dir` holds a data set
     that was made with anything else.

@@ -29,7 +29,8 @@ from sched_sampling.processes import processes
 from sched_sampling.provenance import describe_method, model_digest, pairs_digest
 from sched_sampling.weights import load_trained, save_trained
 
-Rows = Sequence[Mapping[str, Any]]
+# A list of dictionaries, or a `datasets.Dataset`, which is no `Sequence` to a type checker.
+Rows = Any
 Loss = Callable[[Any, Any], Tensor]
 Evaluate = Callable[[int], Mapping[str, float]]
 

@@ -26,7 +26,8 @@ from core.llm.modes import in_mode
 from core.training.loop import Batches, History, Hook, TrainingDiverged, fit
 from core.training.torch import TorchStep
 
-Rows = Sequence[Mapping[str, Any]]
+# A list of dictionaries, or a `datasets.Dataset`, which is no `Sequence` to a type checker.
+Rows = Any
 Collate = Callable[[Rows], dict[str, Any]]
 
 
@@ -133,7 +134,7 @@ def finetune(
         chosen, parts = _at(rows, indices), settings.gradient_accumulation_steps
         if len(chosen) < parts:
             raise InvalidInput(
-                f"gradient_accumulation_steps={parts} cuts each process's batch into parts, and this one has {len(chosen)} rows."
+                f"gradient_accumulation_steps={parts} cuts each process's batch into parts; this one has {len(chosen)} rows."
             )
         made = [make(chosen[part::parts]) for part in range(parts)]
         _weigh(made, step)
