@@ -80,6 +80,11 @@ def load_mixed(folder: str | Path, expected: Mapping[str, Any] | None = None) ->
     return data
 
 
+def is_built(folder: str | Path) -> bool:
+    """Whether a data set was built, or begun, in `folder`."""
+    return (Path(folder) / _STAMP).is_file()
+
+
 def provenance(data: Any) -> dict[str, Any]:
     """The stamp of a data set that this package built; empty for any other."""
     try:
