@@ -53,6 +53,13 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def end_tokens(model: Any, tokenizer: Any | None) -> frozenset[int]:
+    """Every token that ends a text of this model: its generation config may name several, its tokenizer one more."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*ends, getattr(tokenizer, "eos_token_id", None)) if token is not None)
+
+
 class CausalLM:
     """A causal language model in evaluation mode, its tokenizer, and where they came from.
 
@@ -142,6 +149,10 @@ class CausalLM:
         """How many tokens the model reads at most; None when its positions have no end."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text: see `end_tokens`."""
+        return end_tokens(self.model, self.tokenizer)
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text as the tokenizer's default has it, but without an end token behind it."""
         return encode(self.tokenizer, text)
@@ -181,7 +192,7 @@ class CausalLM:
             self._check_length(
                 len(prompt) + max_new_tokens, f"Prompt {i} of {len(prompt)} and {max_new_tokens} new tokens"
             )
-        ends = self._end_tokens()
+        ends = self.end_tokens()
 
         def ended(token_ids: tuple[int, ...]) -> bool:
             return token_ids[-1] in ends or (
@@ -275,11 +286,6 @@ class CausalLM:
         limit = self.context_length
         if limit is not None and length > limit:
             raise InvalidInput(f"{what} make {length} tokens; the model reads at most {limit}. Shorten it.")
-
-    def _end_tokens(self) -> frozenset[int]:
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = configured if isinstance(configured, list) else [configured]
-        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
 
     def _text_after(self, prompt: list[int], token_ids: tuple[int, ...], stop: Sequence[str]) -> str:
         # Decoded behind its prompt: some tokenizers swallow the space before the first token of a text.

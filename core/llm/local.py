@@ -100,7 +100,7 @@ class LocalChat(Chat):
         ids = generation.token_ids
         ended = (
             len(ids) < max_tokens
-            or ids[-1] in self.lm._end_tokens()
+            or ids[-1] in self.lm.end_tokens()
             or any(word in self.lm.tokenizer.decode(ids) for word in stop)
         )
         text = generation.text if self._template else generation.text.removeprefix(" ")
