@@ -141,6 +141,14 @@ def mix_rows(
     betas = _betas(beta, pairs)
     if row_ids is not None and len(row_ids) != len(pairs):
         raise InvalidInput(f"row_ids has one number for each row; got {len(row_ids)} for {len(pairs)} rows.")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for row, pair in enumerate(pairs):
+        if not pair.prompt_ids or not pair.target_ids:
+            raise InvalidInput(f"Row {row} has an empty prompt or answer.")
+        if limit is not None and len(pair.prompt_ids) + len(pair.target_ids) > limit:
+            raise InvalidInput(
+                f"Row {row} has {len(pair.prompt_ids) + len(pair.target_ids)} tokens; the model reads at most {limit}."
+            )
     numbers = np.arange(len(pairs)) if row_ids is None else np.asarray(row_ids, dtype=np.int64)
     chosen = _coins(pairs, betas, seed, numbers)
     if mixing.proposal == "random":
@@ -151,8 +159,7 @@ def mix_rows(
         return _from_rollouts(pairs, chosen, rollouts, proposal)
     engine = mixing.engine
     if engine == "auto":
-        drawn = sum(map(int, map(np.sum, chosen))) / max(1, sum(len(mask) - 1 for mask in chosen))
-        engine = "parallel" if drawn <= PARALLEL_UP_TO else "sequential"
+        engine = "parallel" if betas.mean() <= PARALLEL_UP_TO else "sequential"
     results = [MixedRow(pair.target_ids, (False,) * len(pair.target_ids), 0) for pair in pairs]
     # A row without a drawn token is gold and needs no model.
     wanted = [i for i, mask in enumerate(chosen) if mask.any()]
