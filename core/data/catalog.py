@@ -60,6 +60,8 @@ CATALOG: dict[str, HubHome | None] = {
             "valid": "en/c4-validation.00000-of-00008.json.gz",
         },
     ),
+    "dialogsum": HubHome("knkarthick/dialogsum"),
+    "gsm8k": HubHome("openai/gsm8k", "main"),
     "tinyshakespeare": None,
     "wikitext2": HubHome("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext2_small": None,
