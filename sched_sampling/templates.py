@@ -49,16 +49,14 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
 
     Raises `InvalidInput` on an empty prompt and on messages that the tokenizer has no chat template for.
     """
-    ids: Sequence[Any]
+    ids: Any = prompt
     if isinstance(prompt, str):
         ids = encode(_needed(tokenizer), prompt)
     elif is_conversation(prompt):
         ids = control_ids(tokenizer, _rendered(tokenizer, prompt))
-    else:
-        ids = prompt
     if not ids:
         raise InvalidInput("A prompt is empty; an answer needs at least one token before it.")
-    return tuple(map(int, ids))
+    return tuple(int(token) for token in ids)
 
 
 def plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
