@@ -1,8 +1,8 @@
 """Demonstrations as token ids: a prompt, the answer that is to be learned, and batches of such rows.
 
 A row has `input_ids` and `labels`, as every trainer of transformers takes them: labels are -100 where nothing is to be
-learned, and they are not shifted, because the models shift them. Labels are made from lengths, never from token ids, so that a
-padding token which is also the end token hides no end.
+learned, and they are not shifted, because the models shift them. Labels are made from lengths, never from token ids: a
+padding token that is also the end token hides no end.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ def encode_pairs(
 ) -> list[EncodedPair]:
     """Encode dictionaries with `prompt` and `completion`, both texts or both messages, in their order.
 
-    A text prompt is encoded as the tokenizer's default has it, its completion by itself without special tokens, and the end
-    token comes behind. Messages go through the chat template: the completion is what the template writes behind the
-    prompt, up to its last end token (the tokenizer's, or one of `end_ids`). `EncodedPair`s pass through as they are.
+    A text prompt is encoded as the tokenizer's default has it, its completion by itself without special tokens, and the
+    tokenizer's end token comes behind, once. Messages go through the chat template: the completion is what the template
+    writes behind the prompt, up to its last end token (the tokenizer's, or one of `end_ids`; see
+    `core.llm.causal.end_tokens`). `EncodedPair`s pass through as they are and need no tokenizer.
 
-    Raises `InvalidInput`, naming the row, on an empty prompt or completion, a tokenizer without an end token or without a
-    chat template for messages, and a pair of more than `max_length` tokens.
+    Raises `InvalidInput`, naming the row, on an empty prompt or completion, on a tokenizer without an end token or,
+    for messages, without a chat template, and on a pair of more than `max_length` tokens.
     """
     encoded = []
     for row, pair in enumerate(pairs):
         found = pair if isinstance(pair, EncodedPair) else _encode(tokenizer, pair, row, end_ids)
-        if not found.prompt_ids or not found.target_ids:
-            what = "prompt" if not found.prompt_ids else "completion"
-            raise InvalidInput(f"Row {row} has an empty {what}. Leave the row out, or fill it.")
+        _refuse_empty(row, prompt=found.prompt_ids, completion=found.target_ids)
         length = len(found.prompt_ids) + len(found.target_ids)
         if max_length is not None and length > max_length:
             raise InvalidInput(
@@ -69,75 +68,138 @@ def supervised_row(pair: EncodedPair) -> dict[str, list[int]]:
 
 
 def collate(rows: Sequence[Mapping[str, Any]], *, packing: bool = False) -> dict[str, Tensor]:
-    """Rows as tensors `input_ids`, `labels` and `position_ids`, filled up at the end; packed, several rows share a line.
+    """Rows as tensors `input_ids` and `labels`, one a line, filled up at the end.
 
-    A causal model never looks ahead, so filling needs neither a mask nor a padding token. Packing puts rows into lines as
-    long as the longest row, the longest first and each where it fits; positions begin at 0 again with every row, which is
-    how transformers knows that rows may not see each other (`attention_mask` must not be given).
+    A causal model never looks ahead, so filling needs neither a mask nor a padding token. With `packing` lines are as
+    long as the longest row and hold as many rows as fit (first-fit decreasing), and `position_ids` begin at 0 again with
+    every row: that is how transformers knows, where no `attention_mask` is given, that rows may not see each other. The
+    label of a row's first token is dropped, because nothing predicts it.
     """
-    lines = _packed([len(row["input_ids"]) for row in rows]) if packing else [[i] for i in range(len(rows))]
-    width = max(sum(len(rows[i]["input_ids"]) for i in line) for line in lines)
+    lengths = [len(row["input_ids"]) for row in rows]
+    for row, length in zip(rows, lengths, strict=True):
+        if len(row["labels"]) != length or not length:
+            raise InvalidInput(f"A row has one label for each token; got {len(row['labels'])} for {length} tokens.")
+    lines = first_fit(lengths) if packing else [[i] for i in range(len(rows))]
+    width = max(lengths)
     batch = {
         "input_ids": torch.zeros(len(lines), width, dtype=torch.long),
         "labels": torch.full((len(lines), width), IGNORED),
-        "position_ids": torch.arange(width).repeat(len(lines), 1),
     }
+    if packing:
+        batch["position_ids"] = torch.zeros(len(lines), width, dtype=torch.long)
     for number, line in enumerate(lines):
         start = 0
         for i in line:
-            end = start + len(rows[i]["input_ids"])
-            batch["input_ids"][number, start:end] = torch.tensor(rows[i]["input_ids"])
-            batch["labels"][number, start:end] = torch.tensor(rows[i]["labels"])
-            batch["position_ids"][number, start:] = torch.arange(width - start)
+            end = start + lengths[i]
+            batch["input_ids"][number, start:end] = torch.as_tensor(rows[i]["input_ids"])
+            batch["labels"][number, start + 1 : end] = torch.as_tensor(rows[i]["labels"])[1:]
+            if packing:
+                batch["position_ids"][number, start:end] = torch.arange(lengths[i])
             start = end
-        # The filling of a packed line begins a row of its own.
-        if packing and start < width:
+        if packing:
+            # Filling counts from 0 too: no position may lie beyond those that the model has.
             batch["position_ids"][number, start:] = torch.arange(width - start)
     return batch
 
 
-def _packed(lengths: Sequence[int]) -> list[list[int]]:
-    """First-fit decreasing."""
-    capacity = max(lengths)
-    lines: list[list[int]] = []
+def first_fit(lengths: Sequence[int]) -> list[list[int]]:
+    """Items in bins that hold as much as the longest: the longest first, each in the first bin with room for it."""
+    bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for number, left in enumerate(room):
-            if lengths[i] <= left:
-                lines[number].append(i)
-                room[number] -= lengths[i]
-                break
-        else:
-            lines.append([i])
-            room.append(capacity - lengths[i])
-    return lines
+        place = next((place for place, left in enumerate(room) if lengths[i] <= left), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(max(lengths))
+        bins[place].append(i)
+        room[place] -= lengths[i]
+    return bins
 
 
 def _encode(tokenizer: Any, pair: Mapping[str, Any], row: int, end_ids: Collection[int]) -> EncodedPair:
+    if not {"prompt", "completion"} <= pair.keys():
+        raise InvalidInput(f"Row {row} needs `prompt` and `completion`; it has {sorted(pair)}.")
     prompt, completion = pair["prompt"], pair["completion"]
     if tokenizer is None:
-        raise InvalidInput(f"Row {row} is text and needs a tokenizer.")
+        raise InvalidInput(f"Row {row} is text and needs a tokenizer; without one, give EncodedPair(prompt, target).")
     if tokenizer.eos_token_id is None:
-        raise InvalidInput("This tokenizer has no end token, so that no model could learn to stop; set its eos_token.")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion:
-            return EncodedPair(tuple(encode(tokenizer, prompt)), ())
-        answer = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-        return EncodedPair(tuple(encode(tokenizer, prompt)), (*answer, tokenizer.eos_token_id))
-    if isinstance(prompt, str) or isinstance(completion, str):
+        raise InvalidInput(
+            "This tokenizer has no end token, so no model could learn to stop: set tokenizer.eos_token to a token of its "
+            "vocabulary."
+        )
+    _refuse_empty(row, prompt=prompt, completion=completion)
+    if isinstance(prompt, str) != isinstance(completion, str):
         raise InvalidInput(f"Row {row} mixes a text and messages; both are texts, or both are messages.")
+    if isinstance(prompt, str):
+        before = encode(tokenizer, prompt)
+        answer = _continue(tokenizer, before, completion)
+        ends: set[int] = {tokenizer.eos_token_id}
+    else:
+        start, rest = _chat_texts(tokenizer, prompt, completion, row)
+        # The template writes the start token itself.
+        before = _plain(tokenizer, start)
+        answer = _continue(tokenizer, before, rest)
+        ends = {tokenizer.eos_token_id, *end_ids}
+        # Many templates write a line end behind the end; a model that has ended never gets to it.
+        last = max((i for i, token in enumerate(answer) if token in ends), default=len(answer))
+        answer = answer[: last + 1]
+    if not answer or answer[-1] not in ends:
+        answer = [*answer, tokenizer.eos_token_id]
+    return EncodedPair(tuple(before), tuple(answer))
+
+
+def _chat_texts(
+    tokenizer: Any, prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]], row: int
+) -> tuple[str, str]:
+    """What the chat template writes for the prompt, the header of the answer included, and what it writes after that."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(
-            f"Row {row} is messages and this tokenizer has no chat template. Give texts, or set its chat_template."
+            f"Row {row} is messages and this tokenizer has no chat template. Give texts, or set tokenizer.chat_template."
         )
-    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    if any(message["role"] != "assistant" for message in completion) or not any(m["content"] for m in completion):
+        raise InvalidInput(
+            f"Row {row}: a completion is what the assistant says, and not empty; its messages are from "
+            f"{', '.join(str(message['role']) for message in completion)}. Earlier turns belong into the prompt."
+        )
+    try:
+        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    # Templates raise what their authors chose to, for a system message or two turns of one side.
+    except Exception as error:
+        raise InvalidInput(f"Row {row}: the chat template refuses this conversation: {error}.") from error
     if not whole.startswith(before):
         raise InvalidInput(
-            f"Row {row}: the chat template does not write the prompt first; its answer cannot be told apart."
+            f"Row {row}: the chat template writes the prompt differently when an answer follows ({before[-40:]!r} is not "
+            "there), so the answer cannot be told apart. Use another template, or texts."
         )
-    answer = tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
-    ends = {tokenizer.eos_token_id, *end_ids}
-    last = max((i for i, token in enumerate(answer) if token in ends), default=None)
-    answer = [*answer, tokenizer.eos_token_id] if last is None else answer[: last + 1]
-    return EncodedPair(tuple(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]), tuple(answer))
+    return before, whole[len(before) :]
+
+
+def _continue(tokenizer: Any, before: list[int], text: str) -> list[int]:
+    """The tokens of a text behind those of another, tokenized by itself: no token of `before` may change.
+
+    SentencePiece tokenizers (Llama 2, Mistral) begin every text with a space of their own, which would stand between the
+    two. There the text is tokenized behind a line end, and the line end is cut off.
+    """
+    alone = _plain(tokenizer, text)
+    if _reads(tokenizer, before, alone, text):
+        return alone
+    anchor, anchored = _plain(tokenizer, "\n"), _plain(tokenizer, "\n" + text)
+    rest = anchored[len(anchor) :]
+    return rest if anchored[: len(anchor)] == anchor and _reads(tokenizer, before, rest, text) else alone
+
+
+def _reads(tokenizer: Any, before: list[int], answer: list[int], text: str) -> bool:
+    start, whole = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, [*before, *answer]))
+    return bool(whole == start + text)
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _refuse_empty(row: int, **parts: Any) -> None:
+    for what, part in parts.items():
+        if not len(part):
+            raise InvalidInput(f"Row {row} has an empty {what}. Leave the row out, or fill it.")

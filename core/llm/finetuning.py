@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,20 +23,22 @@ from core.errors import InvalidInput, require
 from core.llm import examples
 from core.llm.examples import IGNORED
 from core.llm.modes import in_mode
+from core.llm.scoring import accepts
 from core.training.loop import Batches, History, Hook, TrainingDiverged, fit
 from core.training.torch import TorchStep
 
 # A list of dictionaries, or a `datasets.Dataset`, which is no `Sequence` to a type checker.
 Rows = Any
-Collate = Callable[[Rows], dict[str, Any]]
+Collate = Callable[[Rows], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
     """The settings of one training run; what they mean is in `core.training.torch.TorchStep`.
 
-    `num_steps` None makes `num_epochs` passes over the rows. A batch counts rows over all processes and micro-batches, and
-    is all rows where there are fewer.
+    `num_steps` None makes `num_epochs` passes over the rows. A batch counts rows over all processes and micro-batches,
+    and is all rows where there are fewer; an epoch's shorter last batch is left out. `packing` puts several rows into one
+    line (`core.llm.examples.collate`): the same loss, less filling.
     """
 
     num_steps: int | None = None
@@ -50,7 +52,7 @@ class Finetuning:
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
     gradient_accumulation_steps: int = 1
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     packing: bool = False
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None
 
@@ -75,11 +77,18 @@ def completion_loss(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, ""]:
     `num_targets` of the batch, where it is there, is what the sum is divided by: micro-batches and processes with few
     targets then weigh less, and their average is the mean over all targets.
     """
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
+    tensors = {name: batch[name] for name in ("input_ids", "labels", "position_ids") if name in batch}
+    if "position_ids" in tensors and _attention(model).startswith("flash"):
+        # Flash attention takes positions that begin again for a border only where there is a single line.
+        tensors = {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
+    targets = functional.pad(tensors.pop("labels")[:, 1:], (0, 1), value=IGNORED)
     wanted = targets != IGNORED
-    # Prompts are most of many data sets: their logits are left out before anything is computed with them.
-    total = functional.cross_entropy(logits[:, :-1][wanted].float(), targets[wanted], reduction="sum")
+    # Prompts are most of many data sets: a large vocabulary's logits are computed for answers only, where a model can.
+    keep = {"logits_to_keep": wanted} if accepts(_inner(model), "logits_to_keep") else {}
+    logits = model(**tensors, **keep, use_cache=False).logits
+    logits = logits if keep else logits[wanted]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = functional.cross_entropy(wide, targets[wanted], reduction="sum")
     return total / (batch["num_targets"] if "num_targets" in batch else wanted.sum())
 
 
@@ -100,15 +109,18 @@ def finetune(
 ) -> History:
     """Train `model` in place on rows (a list, or a `datasets.Dataset`) and return what happened.
 
-    `seed` decides the order of the rows and dropout. The model is in training mode meanwhile, and afterwards every module
-    is in the mode it was in. `collate` makes a batch of rows (None: `core.llm.examples.collate`, packed if the settings say
-    so). A run with a `checkpoint_dir` resumes exactly; `device` None takes the one that the model is on when it runs alone.
+    `seed` decides the order of the rows and dropout. The model is in training mode meanwhile, and afterwards every
+    module is in the mode it was in. `collate` makes a batch of rows (None: `core.llm.examples.collate`, packed if the
+    settings say so); a batch that is a dictionary with `labels` is given `num_targets` (see `completion_loss`). A run
+    with a `checkpoint_dir` resumes exactly; `identity` is what else a checkpoint must agree with, such as a digest of the
+    rows. `device` None is where the model is, or, for several processes, what `TorchStep` finds.
 
-    Raises `InvalidInput` on no rows, and `TrainingDiverged`, naming the rows, when the loss is not finite.
+    Raises `InvalidInput` on no rows, batches that cannot be cut into micro-batches and, for `packing`, a model in which
+    rows of one line see each other; `TrainingDiverged`, naming the rows, when the loss is not finite.
     """
     if not len(rows):
         raise InvalidInput("There are no rows to train on.")
-    num_steps = settings.steps(len(rows))
+    num_steps, parts = settings.steps(len(rows)), settings.gradient_accumulation_steps
     step = TorchStep(
         model,
         loss,
@@ -119,27 +131,30 @@ def finetune(
         weight_decay=settings.weight_decay,
         schedule=settings.schedule,
         schedule_options=settings.schedule_options,
-        warmup_steps=min(settings.warmup_steps, num_steps),
+        warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,  # type: ignore[arg-type]
-        split=lambda parts, _: parts,
+        gradient_accumulation_steps=parts,
+        mixed_precision=settings.mixed_precision,
+        split=lambda batch, _: batch,
         device=device if device is not None else _own_device(model),
         seed=seed,
     )
     batches = Batches(len(rows), min(settings.batch_size, len(rows)), seed=seed)
+    if batches.batch_size < parts * step.world_size:
+        raise InvalidInput(
+            f"Batches of {batches.batch_size} rows cannot be shared by {step.world_size} processes with "
+            f"gradient_accumulation_steps={parts}. Use a larger batch_size, or fewer parts."
+        )
     make = collate or (lambda chosen: examples.collate(chosen, packing=settings.packing))
 
     def fetch(indices: Int[np.ndarray, " part"]) -> Any:
-        chosen, parts = _at(rows, indices), settings.gradient_accumulation_steps
-        if len(chosen) < parts:
-            raise InvalidInput(
-                f"gradient_accumulation_steps={parts} cuts each process's batch into parts; this one has {len(chosen)} rows."
-            )
+        chosen = _at(rows, indices)
         made = [make(chosen[part::parts]) for part in range(parts)]
         _weigh(made, step)
         return made[0] if parts == 1 else made
 
+    if settings.packing:
+        _check_packing(model, step.device)
     with in_mode(model, training=True):
         try:
             return fit(
@@ -169,7 +184,8 @@ def add_lora(
 ) -> Any:
     """`model` with LoRA adapters (peft), which are then all that trains; `seed` decides their first values.
 
-    Raises `MissingExtra` without peft.
+    `target_modules` names linear layers, or is `all-linear`, which leaves out the output layer. Raises `MissingExtra`
+    without peft.
     """
     peft = require("peft", "sched_sampling")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -177,8 +193,45 @@ def add_lora(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Adapters are drawn on the CPU; `torch.manual_seed` would reseed every accelerator besides.
+        torch.default_generator.manual_seed(seed)
         return peft.get_peft_model(model, config)
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside DDP and peft."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _attention(model: Any) -> str:
+    return str(getattr(getattr(_inner(model), "config", None), "_attn_implementation", None))
+
+
+@torch.no_grad()
+def _check_packing(model: Any, device: torch.device) -> None:
+    """Refuse a model in which a row of a packed line can see the row before it, by trying."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    try:
+        with in_mode(model, training=False):
+            first, second = (
+                model(
+                    input_ids=torch.tensor([[token] * 3 + [0] * 3], device=device),
+                    position_ids=positions,
+                    use_cache=False,
+                ).logits[0]
+                for token in (0, 1)
+            )
+        change = (first - second).abs()
+        # Experts are chosen for the whole batch, so rounding may differ; what attention lets through is far more.
+        separate = bool(change[3:].max() <= 1e-3 * change[:3].max())
+    except TypeError:
+        separate = False
+    if not separate:
+        raise InvalidInput(
+            f"{type(_inner(model)).__name__} does not keep the rows of a packed line apart (its attention does not look at "
+            "position_ids). Use packing=False."
+        )
 
 
 def _own_device(model: Any) -> torch.device | None:
@@ -193,8 +246,8 @@ def _at(rows: Any, indices: Int[np.ndarray, " part"]) -> list[Mapping[str, Any]]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _weigh(batches: Sequence[dict[str, Any]], step: TorchStep) -> None:
-    """Give every micro-batch the number that its loss is divided by: the average number of targets of one."""
+def _weigh(batches: Sequence[Any], step: TorchStep) -> None:
+    """Give every micro-batch what its loss is divided by: the mean number of targets of one, over all processes."""
     if not all(isinstance(batch, dict) and "labels" in batch for batch in batches):
         return
     total = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
