@@ -28,7 +28,10 @@ from sched_sampling.noise import gumbel
 
 # Elements of noise and scaled logits that are in memory at once.
 _CHUNK = 1 << 23
-# After so many passes the sequential engine finishes what is left; at a mixing probability of 0.25 a batch takes 7.
+# Columns behind the first open one that a pass looks at: what is further away would change again. On two cores 64 is as fast
+# as whole rows at a mixing probability of 0.1 and faster at 0.3, for a tiny model and for SmolLM2-135M.
+WINDOW = 64
+# After so many passes for every window the sequential engine finishes what is left.
 MAX_PASSES = 12
 
 
@@ -127,18 +130,24 @@ def from_gold(model: Any, batch: Batch, proposal: Proposal) -> None:
 
 
 @torch.inference_mode()
-def parallel(model: Any, batch: Batch, proposal: Proposal, *, max_passes: int | None = None) -> None:
-    """Settle the open positions by passes over whole rows, at most one more than there are; or stop after `max_passes`.
+def parallel(
+    model: Any, batch: Batch, proposal: Proposal, *, max_passes: int | None = None, window: int = WINDOW
+) -> None:
+    """Settle the open positions by repeated passes, at most as many as there are; or stop after `max_passes`.
 
-    Rows that have settled are left out, and so are the columns before the first that can still change: their keys and
-    values are in the cache. What is not settled in time stays open.
+    A pass redraws the open positions of the next `window` columns. Rows that have settled are left out, and so are the
+    columns before the first that can still change: their keys and values are in the cache. What is not settled in time
+    stays open.
     """
     active = batch.open.any(dim=1).nonzero()[:, 0]
     cache, done, passes = None, 0, 0
     while len(active) and passes != max_passes:
-        where, columns = batch.open[active].nonzero(as_tuple=True)
+        open_AL = batch.open[active]
+        end = int(open_AL.any(dim=0).nonzero()[0]) + window
+        where, columns = open_AL[:, :end].nonzero(as_tuple=True)
         wanted, place = columns.unique(return_inverse=True)
-        logits, cache = _forward(model, batch.ids[active, done : wanted[-1]], wanted - 1 - done, cache, done)
+        last = int(wanted[-1])
+        logits, cache = _forward(model, batch.ids[active, done:last], wanted - 1 - done, cache, done)
         rows = active[where]
         drawn = batch.draw(proposal, logits[where, place], rows, columns)
         changed = drawn != batch.ids[rows, columns]
@@ -146,7 +155,7 @@ def parallel(model: Any, batch: Batch, proposal: Proposal, *, max_passes: int | 
         batch.passes[active] += 1
         passes += 1
         # What stands before a row's first change was drawn from tokens that are final, and so was the change itself.
-        first = torch.full((len(active),), batch.ids.shape[1], device=active.device)
+        first = torch.full((len(active),), last, device=active.device)
         first.scatter_reduce_(0, where[changed], columns[changed], "amin")
         settled = torch.arange(batch.ids.shape[1], device=active.device) <= first[:, None]
         batch.open[active] &= ~settled
@@ -155,13 +164,12 @@ def parallel(model: Any, batch: Batch, proposal: Proposal, *, max_passes: int | 
         if not len(active):
             break
         if _croppable(cache):
-            remaining = int(first[kept].min())
-            cache.crop(remaining - int(wanted[-1]))
+            done = int(first[kept].min())
+            cache.crop(done - last)
             if len(kept) < len(first):
                 cache.batch_select_indices(kept)
-            done = remaining
         else:
-            cache = None
+            cache, done = None, 0
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from core.llm.batching import length_buckets, pad_right, patiently
 from core.llm.examples import EncodedPair
 from core.llm.modes import in_mode
 from core.llm.scoring import default_batch_tokens
-from sched_sampling.engines import MAX_PASSES, Batch, Proposal, from_gold, parallel, sequential
+from sched_sampling.engines import MAX_PASSES, WINDOW, Batch, Proposal, from_gold, parallel, sequential
 from sched_sampling.noise import coins, token_draws
 
 PROPOSALS = ("mixed", "gold", "rollout", "random")
@@ -172,7 +172,8 @@ def mix_rows(
             if mixing.proposal == "gold":
                 from_gold(model, batch, proposal)
             elif engine == "parallel":
-                parallel(model, batch, proposal, max_passes=MAX_PASSES if mixing.engine == "auto" else None)
+                windows = -(-batch.ids.shape[1] // WINDOW)
+                parallel(model, batch, proposal, max_passes=MAX_PASSES * windows if mixing.engine == "auto" else None)
             if mixing.proposal == "mixed":
                 # What a bounded number of passes left open, or everything.
                 sequential(model, batch, proposal)

