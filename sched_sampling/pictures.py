@@ -1,0 +1,68 @@
+"""Figures: what a model makes of its own prefixes position by position, scores over rounds, and cost against gain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from core.plots import COLORS, figure
+from sched_sampling.evaluation import PositionCurves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def bias_curves(curves: Mapping[str, PositionCurves], *, least: int = 5) -> Figure:
+    """NLL and accuracy of the gold token by position: on gold prefixes dashed, on own prefixes solid; a colour a model.
+
+    Positions that fewer than `least` answers reach are left out (all are kept where no answer is that frequent).
+    """
+    plot, axes = figure(width=8.0, ncols=2)
+    for color, (name, found) in zip(COLORS, curves.items(), strict=False):
+        kept = found.count >= min(least, int(found.count.max()))
+        positions = np.arange(1, len(found.count) + 1)[kept]
+        for ax, gold, own in (
+            (axes[0], found.gold_nll, found.own_nll),
+            (axes[1], found.gold_accuracy, found.own_accuracy),
+        ):
+            ax.plot(positions, gold[kept], "--", color=color, label=f"{name}, gold prefixes")
+            ax.plot(positions, own[kept], "-", color=color, label=f"{name}, own prefixes")
+    axes[0].set(xlabel="position in the answer", ylabel="NLL of the gold token (nats)")
+    axes[1].set(xlabel="position in the answer", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize=8)
+    return plot
+
+
+def scores_over_rounds(scores: Mapping[str, Sequence[Sequence[float]]], label: str) -> Figure:
+    """A score after every round: for each name, runs (seeds) of one value a round; the mean as a line, runs as dots."""
+    plot, axes = figure()
+    for color, (name, runs) in zip(COLORS, scores.items(), strict=False):
+        longest = max(map(len, runs))
+        for run in runs:
+            axes.plot(range(1, len(run) + 1), run, "o", color=color, alpha=0.35, markersize=3)
+        means = [float(np.mean([run[k] for run in runs if len(run) > k])) for k in range(longest)]
+        axes.plot(range(1, longest + 1), means, color=color, label=name)
+    axes.set(xlabel="round", ylabel=label)
+    axes.legend(fontsize=8)
+    return plot
+
+
+def cost_and_gain(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], gain: str) -> Figure:
+    """CPU seconds of a run against a score: for each method the seeds' seconds and scores, and their mean as a cross."""
+    plot, axes = figure()
+    for color, (name, (seconds, values)) in zip(COLORS, points.items(), strict=False):
+        axes.plot(seconds, values, "o", color=color, alpha=0.4, markersize=4)
+        axes.plot([np.mean(seconds)], [np.mean(values)], "X", color=color, markersize=9, label=name)
+    axes.set(xlabel="CPU seconds, generation included", ylabel=gain)
+    axes.legend(fontsize=8)
+    return plot
+
+
+def save(plot: Any, path: Any) -> None:
+    """Write a figure as SVG that takes the colours of the page around it."""
+    from core.files import write_atomic
+    from core.plots import to_svg
+
+    write_atomic(path, to_svg(plot))
