@@ -155,6 +155,8 @@ def finetune(
 
     if settings.packing:
         _check_packing(model, step.device)
+    # Gradients that the caller left behind are no part of the first update.
+    model.zero_grad(set_to_none=True)
     with in_mode(model, training=True):
         try:
             return fit(
