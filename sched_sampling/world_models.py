@@ -36,7 +36,6 @@ from sched_sampling.tasks import world, world_items
 CORRECTION = "<|correction|>"
 # A draw that no seed of a preset gives.
 _PRETRAINING_DRAW = 1_000_003
-_TEXTS = 16_000
 _LARGEST_NUMBER = 200
 
 
@@ -49,6 +48,7 @@ class Recipe:
     """
 
     num_steps: int
+    texts: int = 16_000
     batch_size: int = 16
     learning_rate: float = 6e-3
     vocabulary: int = 832
@@ -101,7 +101,7 @@ def _origin() -> str:
 
 
 def _train(partial: Path, recipe: Recipe, kind: str, level: int) -> None:
-    pairs = [item.pair for item in world_items(kind, _TEXTS, "train", level, _PRETRAINING_DRAW)]
+    pairs = [item.pair for item in world_items(kind, recipe.texts, "train", level, _PRETRAINING_DRAW)]
     tokenizer = _tokenizer([pair["prompt"] + pair["completion"] for pair in pairs[:4000]], recipe.vocabulary, kind)
     model = _new_model(recipe, tokenizer)
     rows = [_text_row(pair) for pair in encode_pairs(tokenizer, pairs)]
@@ -120,7 +120,7 @@ def _train(partial: Path, recipe: Recipe, kind: str, level: int) -> None:
             learning_rate=recipe.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.05,
-            warmup_steps=30,
+            warmup_steps=min(30, recipe.num_steps),
             packing=True,
         )
         description = f"Pretraining on {kind} of the world (about 20 s, once)"
