@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,10 +77,20 @@ def completion_loss(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, ""]:
     `num_targets` of the batch, where it is there, is what the sum is divided by: micro-batches and processes with few
     targets then weigh less, and their average is the mean over all targets.
     """
-    tensors = {name: batch[name] for name in ("input_ids", "labels", "position_ids") if name in batch}
+    nll, _ = target_nll(model, batch)
+    return nll.sum() / (batch["num_targets"] if "num_targets" in batch else len(nll))
+
+
+def target_nll(model: Any, batch: Mapping[str, Any]) -> tuple[Float[Tensor, " targets"], Bool[Tensor, " places"]]:
+    """The negative log-likelihood of every target token, and which places of the batch, line by line, predict them.
+
+    A batch is as `collate` makes it; `inputs_embeds` (lines, width, size) may stand for its `input_ids`.
+    """
+    names = ("inputs_embeds" if "inputs_embeds" in batch else "input_ids", "labels", "position_ids")
+    tensors = {name: batch[name] for name in names if name in batch}
     if "position_ids" in tensors and _attention(model).startswith("flash"):
         # Flash attention takes positions that begin again for a border only where there is a single line.
-        tensors = {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
+        tensors = {name: tensor.reshape(1, -1, *tensor.shape[2:]) for name, tensor in tensors.items()}
     targets = functional.pad(tensors.pop("labels")[:, 1:], (0, 1), value=IGNORED)
     wanted = targets != IGNORED
     # Prompts are most of many data sets: a large vocabulary's logits are computed for answers only, where a model can.
@@ -88,8 +98,7 @@ def completion_loss(model: Any, batch: Mapping[str, Any]) -> Float[Tensor, ""]:
     logits = model(**tensors, **keep, use_cache=False).logits
     logits = logits if keep else logits[wanted]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = functional.cross_entropy(wide, targets[wanted], reduction="sum")
-    return total / (batch["num_targets"] if "num_targets" in batch else wanted.sum())
+    return functional.cross_entropy(wide, targets[wanted], reduction="none"), wanted.flatten()
 
 
 def finetune(
@@ -111,9 +120,10 @@ def finetune(
 
     `seed` decides the order of the rows and dropout. The model is in training mode meanwhile, and afterwards every
     module is in the mode it was in. `collate` makes a batch of rows (None: `core.llm.examples.collate`, packed if the
-    settings say so); a batch that is a dictionary with `labels` is given `num_targets` (see `completion_loss`). A run
-    with a `checkpoint_dir` resumes exactly; `identity` is what else a checkpoint must agree with, such as a digest of the
-    rows. `device` None is where the model is, or, for several processes, what `TorchStep` finds.
+    settings say so). A batch that is a dictionary with `labels` is told what a loss has to divide sums by: `num_targets`
+    (see `completion_loss`) and `num_rows`. A run with a `checkpoint_dir` resumes exactly; `identity` is what else a
+    checkpoint must agree with, such as a digest of the rows. `device` None is where the model is, or, for several
+    processes, what `TorchStep` finds.
 
     Raises `InvalidInput` on no rows, batches that cannot be cut into micro-batches and, for `packing`, a model in which
     rows of one line see each other; `TrainingDiverged`, naming the rows, when the loss is not finite.
@@ -150,7 +160,7 @@ def finetune(
     def fetch(indices: Int[np.ndarray, " part"]) -> Any:
         chosen = _at(rows, indices)
         made = [make(chosen[part::parts]) for part in range(parts)]
-        _weigh(made, step)
+        _weigh(made, len(chosen), step)
         return made[0] if parts == 1 else made
 
     if settings.packing:
@@ -248,7 +258,7 @@ def _at(rows: Any, indices: Int[np.ndarray, " part"]) -> list[Mapping[str, Any]]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _weigh(batches: Sequence[Any], step: TorchStep) -> None:
+def _weigh(batches: Sequence[Any], num_rows: int, step: TorchStep) -> None:
     """Give every micro-batch what its loss is divided by: the mean number of targets of one, over all processes."""
     if not all(isinstance(batch, dict) and "labels" in batch for batch in batches):
         return
@@ -257,4 +267,4 @@ def _weigh(batches: Sequence[Any], step: TorchStep) -> None:
     if step.world_size > 1:
         count = reduce(count, "mean")
     for batch in batches:
-        batch["num_targets"] = count
+        batch["num_targets"], batch["num_rows"] = count, num_rows / len(batches)
