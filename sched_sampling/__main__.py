@@ -22,7 +22,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-MODEL_HELP = "`testbed:tiny_llama`, `pretrained:smollm2-135m` (both offline), `hub:OWNER/NAME` or `folder:PATH`."
+MODEL_HELP = (
+    "`world:sums:1` (a small Llama pretrained on texts of that task, offline), `pretrained:smollm2-135m` (offline), "
+    "`testbed:tiny_llama`, `hub:OWNER/NAME` or `folder:PATH`."
+)
 DATA_HELP = (
     "A task (`world:sums:1`, `world:questions:1`, `world:dialogues:1` offline; `gsm8k`, `dialogsum`, `squad`, ...), or "
     "`folder:FILE` with columns prompt and completion."
@@ -55,7 +58,6 @@ def mix(
 ) -> None:
     """Make the data set of one round. The same call goes on after an interruption, and torchrun shares the work."""
     from core.errors import InvalidInput
-    from core.llm.causal import CausalLM
     from sched_sampling.bash import bash_dataset, mixing_shares
     from sched_sampling.drafting import Drafting, draft_with_chat
     from sched_sampling.mixing import Mixing
@@ -69,11 +71,18 @@ def mix(
         )
     mixing = Mixing(proposal=proposal, temperature=temperature, engine=engine)
     pairs = _pairs(data, rows, seed)
-    lm = CausalLM.load(model, device)
+    lm = _load(model, device)
     chat = None if server is None else _cached_chat(server, output)
     if method == "rac":
         built = rac_dataset(
-            lm.model, lm.tokenizer, pairs, chat=chat, temperature=temperature, seed=seed, output_dir=output
+            lm.model,
+            lm.tokenizer,
+            pairs,
+            template=_template(lm),
+            chat=chat,
+            temperature=temperature,
+            seed=seed,
+            output_dir=output,
         )
         kinds = built["kind"]
         _say(f"{len(built)} rows, {sum(kind == 'correction' for kind in kinds)} of them corrections, in {output}.")
@@ -134,7 +143,6 @@ def train(
 ) -> None:
     """Train MODEL on DATA in rounds. The same call goes on after an interruption; start it with torchrun for more GPUs."""
     from core.errors import InvalidInput
-    from core.llm.causal import CausalLM
     from core.llm.finetuning import Finetuning, add_lora, finetune
     from sched_sampling.processes import processes
     from sched_sampling.provenance import model_digest, tokenizer_digest
@@ -147,8 +155,10 @@ def train(
     )
     folder = Path(data.removeprefix("folder:")).expanduser()
     made = is_built(folder)
-    chosen = None if made else make_method(method, rounds, training, beta=beta, temperature=temperature)
-    lm = CausalLM.load(model, device)
+    lm = _load(model, device)
+    chosen = None
+    if not made:
+        chosen = make_method(method, rounds, training, beta=beta, temperature=temperature, template=_template(lm))
     expected = {"model": model_digest(lm.model), "tokenizer": tokenizer_digest(lm.tokenizer)} if made else {}
     tuned = lm.model if lora is None else add_lora(lm.model, rank=lora, seed=seed)
     reports: list[Mapping[str, Any]] = []
@@ -163,7 +173,11 @@ def train(
         reports = [
             {
                 "round": report.round,
-                **report.built,
+                **{
+                    name: value
+                    for name, value in report.built.items()
+                    if not name.endswith(("_rows", "unended_drafts"))
+                },
                 "loss": report.history.train[-1]["loss"],
                 "build_seconds": report.build_seconds,
                 "train_seconds": report.train_seconds,
@@ -172,9 +186,14 @@ def train(
         ]
     if processes().rank == 0:
         whole = tuned if lora is None else tuned.merge_and_unload()
-        _save(whole, lm, output, {"model": model, "data": data, "method": method, "seed": seed, "rounds": reports})
-        _table(f"{method} on {data}", reports)
-        _say(f"Saved to {output}. Next: python -m sched_sampling evaluate folder:{output} {data}")
+        _save(
+            whole,
+            lm,
+            output,
+            {"model": model, "data": data, "method": None if made else method, "seed": seed, "rounds": reports},
+        )
+        _table("The data set as it is" if made else f"{method} on {data}", reports)
+        _say(f"Saved to {output}. Next: python -m sched_sampling evaluate folder:{output} {'TASK' if made else data}")
 
 
 @app.command()
@@ -192,18 +211,18 @@ def correct(
 ) -> None:
     """Answer prompts and let the model correct its answers, as one that was trained with `--method rac` has learned to."""
     from core.files import write_atomic
-    from core.llm.causal import CausalLM
     from sched_sampling.correction import correct as run
 
     task = _task(data, rows, seed)
     items = task.items(split)[:rows]
-    lm = CausalLM.load(model, device)
+    lm = _load(model, device)
     found = run(
         lm.model,
         lm.tokenizer,
         [item.prompt for item in items],
         corrections,
         max_new_tokens=max_new_tokens or task.max_new_tokens,
+        template=_template(lm),
         temperature=temperature,
         seed=seed,
     )
@@ -235,13 +254,12 @@ def evaluate(
     import numpy as np
 
     from core.files import write_atomic
-    from core.llm.causal import CausalLM
     from sched_sampling.correction import correct as run
     from sched_sampling.correction import correction_report
 
     task = _task(data, rows, seed)
     items = task.items(split)[:rows]
-    lm = CausalLM.load(model, device)
+    lm = _load(model, device)
     table, scores = [], {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         found = run(
@@ -250,6 +268,7 @@ def evaluate(
             [item.prompt for item in items],
             corrections,
             max_new_tokens=task.max_new_tokens,
+            template=_template(lm),
             temperature=temperature,
             seed=seed,
         )
@@ -265,17 +284,67 @@ def evaluate(
             table.append(row)
     _table(f"{model} on {data} ({split}, {len(items)} items)", table)
     if output is not None:
-        values = [
-            {"answers": name, "corrections": number, **{metric: float(v.mean()) for metric, v in found.items()}}
-            for (name, number), found in scores.items()
+        means = [
+            {"answers": name, "corrections": number, **{metric: float(v.mean()) for metric, v in by_item.items()}}
+            for (name, number), by_item in scores.items()
         ]
         write_atomic(
             output,
-            json.dumps({"model": model, "data": data, "provenance": task.provenance, "scores": values}, indent=1),
+            json.dumps({"model": model, "data": data, "provenance": task.provenance, "scores": means}, indent=1),
         )
 
 
-def make_method(name: str, rounds: int, training: Any, *, beta: float = 0.3, temperature: float = 1.0) -> Method:
+@app.command()
+def bias(
+    models: Annotated[list[str], typer.Argument(help=f"One model or several to compare: {MODEL_HELP}")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    output: Annotated[Path, typer.Option(help="A folder for curves.svg and bias.json.")],
+    split: Annotated[str, typer.Option(help="Of the task: test, valid or train.")] = "test",
+    rows: Annotated[int, typer.Option(help="How many answers.")] = 64,
+    positions: Annotated[int, typer.Option(help="Places of each answer at which a wrong token is forced.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the model's own prefixes.")] = 1.0,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Show what a model makes of its own prefixes: exposure gap, recovery from a wrong token, accuracy under noise, curves.
+
+    The gold answer is taken for right at its position whatever stands before it, so on open text a gap is an upper bound.
+    """
+    from core.errors import InvalidInput
+    from core.files import write_atomic
+    from core.llm.examples import encode_pairs
+    from sched_sampling.evaluation import exposure_gap, noisy_accuracy, position_curves, recovery_rate
+    from sched_sampling.pictures import bias_curves, save
+
+    task = _task(data, rows, seed)
+    table: list[dict[str, Any]] = []
+    curves = {}
+    for spec in models:
+        lm = _load(spec, device)
+        pairs = encode_pairs(lm.tokenizer, task.pairs(split)[:rows], max_length=lm.context_length)
+        long = [pair for pair in pairs if len(pair.target_ids) >= 4]
+        if not long:
+            raise InvalidInput(f"Every answer of {data} has fewer than four tokens: nothing to recover in.")
+        gap = exposure_gap(lm.model, pairs, temperature=temperature, seed=seed)
+        curves[spec] = position_curves(lm.model, pairs, temperature=temperature, seed=seed)
+        table.append(
+            {
+                "model": spec,
+                "exposure gap (nats a token)": gap.value,
+                "recovery rate": recovery_rate(lm.model, long, positions=positions, seed=seed).value,
+                "noisy-decoding accuracy": noisy_accuracy(lm.model, pairs, draws=2, seed=seed).value,
+            }
+        )
+    save(bias_curves(curves), output / "curves.svg")
+    found = {name: {field: values.tolist() for field, values in vars(curve).items()} for name, curve in curves.items()}
+    write_atomic(output / "bias.json", json.dumps({"data": data, "split": split, "models": table, "curves": found}))
+    _table(f"{data} ({split}, {len(pairs)} answers)", table)
+    _say(f"Curves by position in {output / 'curves.svg'}, numbers in {output / 'bias.json'}.")
+
+
+def make_method(
+    name: str, rounds: int, training: Any, *, beta: float = 0.3, temperature: float = 1.0, template: Any = None
+) -> Method:
     """The method of this name, with its own defaults but for what is given."""
     from core.errors import unknown_name
     from sched_sampling import baselines as b
@@ -290,7 +359,9 @@ def make_method(name: str, rounds: int, training: Any, *, beta: float = 0.3, tem
         "bash": lambda: BatchScheduledSampling(
             schedule=linear(0, beta), mixing=Mixing(temperature=temperature), **common
         ),
-        "rac": lambda: ReferenceAnswerCorrection(drafting=Drafting(temperature=temperature), **common),
+        "rac": lambda: ReferenceAnswerCorrection(
+            drafting=Drafting(temperature=temperature), template=template, **common
+        ),
         "sft": lambda: b.SupervisedFineTuning(**common),
         "random": lambda: b.RandomTokenReplacement(schedule=linear(0, beta), **common),
         "online": lambda: b.OnlineScheduledSampling(schedule=linear(0, beta), **common),
@@ -302,6 +373,27 @@ def make_method(name: str, rounds: int, training: Any, *, beta: float = 0.3, tem
         raise unknown_name("method", name, makers)
     method: Method = makers[name]()
     return method
+
+
+def _load(model: str, device: str | None) -> CausalLM:
+    from core.llm.causal import CausalLM
+
+    if not model.startswith("world:"):
+        return CausalLM.load(model, device)
+    from sched_sampling.world_models import world_llama
+
+    lm = world_llama(model)
+    lm.model.to(device or "cpu")
+    return lm
+
+
+def _template(lm: CausalLM) -> Any:
+    """How this model's answers are corrected: the small Llamas have a token for it, others get a text or a turn."""
+    from sched_sampling.templates import TokenTemplate
+    from sched_sampling.world_models import CORRECTION
+
+    vocabulary = lm.tokenizer.get_vocab()
+    return TokenTemplate(separator_ids=(vocabulary[CORRECTION],)) if CORRECTION in vocabulary else None
 
 
 def _pairs(data: str, rows: int | None, seed: int) -> list[dict[str, Any]]:
@@ -354,7 +446,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=title, box=None, title_justify="left", padding=(0, 1))
+    _say(f"\n{title}")
+    table = Table(*(name.replace("_", " ") for name in columns), box=None, padding=(0, 1))
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     Console().print(table)

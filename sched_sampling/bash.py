@@ -17,7 +17,7 @@ import numpy as np
 
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
-from sched_sampling.mixing import MixedRow, Mixing, mix_rows
+from sched_sampling.mixing import MixedRow, Mixing, mix_rows, position_betas
 from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, context_length
 from sched_sampling.schedule import Schedule, linear
@@ -75,6 +75,7 @@ def bash_dataset(
         raise InvalidInput(f"rollouts has one answer for each pair; got {len(rollouts)} for {len(encoded)} pairs.")
     protected = protected_ids(model, tokenizer) | frozenset(options.pop("protected_ids", ()))
     mixing = Mixing(protected_ids=protected, **options)
+    position_betas(beta, encoded)
     settings = {name: getattr(mixing, name) for name in ("proposal", "temperature", "top_k", "top_p", "engine")}
 
     def build(numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -37,18 +37,21 @@ def demo(console: Console) -> None:
 
 def _demo(console: Console) -> None:
     pairs = counting(512, length=_LENGTH, seed=1)
-    training = {"batch_size": 32, "learning_rate": 3e-3, "schedule": "constant"}
+
+    def training(num_steps: int) -> Finetuning:
+        return Finetuning(num_steps=num_steps, batch_size=32, learning_rate=3e-3, schedule="constant")
+
     plain = tiny_gpt(16, _LENGTH + 1)
     console.print("\nA model of 100,000 parameters learns to count modulo 16 from the number it is given.\n")
     with console.status("Supervised fine-tuning ..."):
-        SupervisedFineTuning(rounds=1, training=Finetuning(num_steps=120, **training)).fit(plain, None, pairs)
+        SupervisedFineTuning(rounds=1, training=training(120)).fit(plain, None, pairs)
     mixed = copy.deepcopy(plain)
     method = BatchScheduledSampling(
         rounds=5,
         schedule=linear(0, 0.5),
         # It hardly errs at temperature 1, and would see no mistake of its own.
         mixing=Mixing(temperature=2.0),
-        training=Finetuning(num_steps=40, **training),
+        training=training(40),
     )
     with console.status("Five rounds with its own tokens in the context ..."):
         method.fit(mixed, None, pairs)

@@ -16,7 +16,6 @@ from core.llm.base import Chat
 from core.llm.causal import end_tokens
 from core.llm.generation import Continuation, Sampling, generate
 from core.llm.modes import in_mode
-from sched_sampling.engines import _without_adapter_wrapper as without_adapter_wrapper
 from sched_sampling.rounds import context_length
 from sched_sampling.templates import Draft, is_conversation, plain_ids
 
@@ -90,7 +89,7 @@ def draft_with_model(
             # At temperature 0 several samples would be a beam search; there is one answer, whoever asks.
             num_return = 1 if drafting.temperature == 0 else count
             found = generate(
-                without_adapter_wrapper(model),
+                model,
                 distinct,
                 drafting.at(seed, num_return),
                 max_new_tokens=max_new_tokens,

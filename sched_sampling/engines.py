@@ -122,7 +122,7 @@ def from_gold(model: Any, batch: Batch, proposal: Proposal) -> None:
     where, columns = batch.open.nonzero(as_tuple=True)
     if not len(where):
         return
-    wanted, place = columns.unique(return_inverse=True)
+    wanted, place = torch.unique(columns, return_inverse=True)
     logits, _ = _forward(model, batch.ids[:, : wanted[-1]], wanted - 1)
     batch.ids[where, columns] = batch.draw(proposal, logits[where, place], where, columns)
     batch.open[:] = False
@@ -145,7 +145,7 @@ def parallel(
         open_AL = batch.open[active]
         end = int(open_AL.any(dim=0).nonzero()[0]) + window
         where, columns = open_AL[:, :end].nonzero(as_tuple=True)
-        wanted, place = columns.unique(return_inverse=True)
+        wanted, place = torch.unique(columns, return_inverse=True)
         last = int(wanted[-1])
         logits, cache = _forward(model, batch.ids[active, done:last], wanted - 1 - done, cache, done)
         rows = active[where]
@@ -199,18 +199,11 @@ def _forward(
     model: Any, ids: Int[Tensor, "B L"], wanted: Int[Tensor, " K"], cache: Any = None, done: int = 0
 ) -> tuple[Float[Tensor, "B K V"], Any]:
     """The logits behind the columns `wanted` of `ids`, which follow `done` columns in the cache; and the cache."""
-    inner = _without_adapter_wrapper(model)
-    options = {"logits_to_keep": wanted} if accepts(inner, "logits_to_keep") else {}
+    options = {"logits_to_keep": wanted} if accepts(model, "logits_to_keep") else {}
     # Ones everywhere: nothing is hidden, and models that count positions by the mask count right.
     mask = torch.ones(len(ids), done + ids.shape[1], dtype=torch.long, device=ids.device)
-    output = inner(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
     return output.logits if options else output.logits[:, wanted], output.past_key_values
-
-
-def _without_adapter_wrapper(model: Any) -> Any:
-    # peft's wrapper hides the arguments of `forward`; its layers are inside the base model all the same.
-    wrapped = hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning
-    return model.get_base_model() if wrapped else model
 
 
 def _croppable(cache: Any) -> bool:

@@ -138,7 +138,7 @@ def mix_rows(
     """
     mixing = Mixing(**options)
     proposal = mixing.at(seed)
-    betas = _betas(beta, pairs)
+    betas = position_betas(beta, pairs)
     if row_ids is not None and len(row_ids) != len(pairs):
         raise InvalidInput(f"row_ids has one number for each row; got {len(row_ids)} for {len(pairs)} rows.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -222,8 +222,8 @@ def own_rollouts(model: Any, pairs: Sequence[EncodedPair], proposal: Proposal) -
     return answers
 
 
-def _betas(beta: float | Sequence[float], pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """Beta for every position of the longest answer."""
+def position_betas(beta: float | Sequence[float], pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Beta for every position of the longest answer; raises `InvalidInput` on what is no probability."""
     values = np.asarray(beta, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise InvalidInput(f"beta is the probability of the model's own token, from 0 to 1; got {beta}.")

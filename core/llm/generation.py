@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.data.cache import digest
 from core.errors import InvalidInput
@@ -58,7 +57,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -94,7 +93,7 @@ class _Row:
 
 
 def _decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], search: _BeamSearch | _RandomSearch, max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], search: _BeamSearch | _RandomSearch, max_new_tokens: int
 ) -> None:
     ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts))
     output = _forward(model, ids, mask, None)
@@ -119,7 +118,7 @@ def _decode(
         cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: object) -> Any:
+def _forward(model: Any, ids: Tensor, mask: Tensor, cache: object) -> Any:
     options: dict[str, object] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     if accepts(model, "position_ids"):
         # Filling at the front must not shift the positions of the real tokens.

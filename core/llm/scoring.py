@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.errors import InvalidInput
 from core.llm.batching import length_buckets, pad_right, patiently
@@ -42,9 +42,7 @@ class Scored:
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel, sequences: Sequence[Scored], *, max_batch_tokens: int | None = None
-) -> list[Float[Tensor, " _"]]:
+def score(model: Any, sequences: Sequence[Scored], *, max_batch_tokens: int | None = None) -> list[Float[Tensor, " _"]]:
     """The log-probability of every scored token given all tokens before it, in the order of `sequences`, on the CPU.
 
     Sequences of like length share a forward pass; a batch is at most `max_batch_tokens` long, padding included. None
@@ -61,7 +59,7 @@ def score(
     return results
 
 
-def default_batch_tokens(model: PreTrainedModel) -> int:
+def default_batch_tokens(model: Any) -> int:
     """How many tokens one forward pass may hold: float32 logits below half a gigabyte, and on a CPU little enough work.
 
     A CPU is busy with 2048 tokens, and larger batches only leave its caches (measured on two small models).
@@ -70,7 +68,7 @@ def default_batch_tokens(model: PreTrainedModel) -> int:
     return int(min(2048 if model.device.type == "cpu" else 16384, 2**27 // vocabulary))
 
 
-def _score_batch(model: PreTrainedModel, batch: Sequence[Scored]) -> list[Tensor]:
+def _score_batch(model: Any, batch: Sequence[Scored]) -> list[Tensor]:
     ids = pad_right([sequence.token_ids for sequence in batch]).to(model.device)
     # The logits that predict the first scored token sit one position before it.
     start = min(sequence.first for sequence in batch) - 1
@@ -86,13 +84,15 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[Scored]) -> list[Tensor
     ]
 
 
-def accepts(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's `forward` has an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the `forward` of a transformers model, which may wear adapters of peft, has an argument of this name."""
+    # peft's wrapper has other arguments of its own and passes on what it does not know.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(inner.forward).parameters
 
 
 def window_perplexity(
-    model: PreTrainedModel,
+    model: Any,
     token_ids: Sequence[int],
     *,
     window: int,

@@ -22,7 +22,6 @@ from core.llm.finetuning import Finetuning, finetune, target_nll
 from core.llm.modes import in_mode
 from core.llm.scoring import Scored, score
 from core.training import History
-from sched_sampling.engines import _without_adapter_wrapper as without_adapter_wrapper
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def preference_rows(model: Any, preferences: Sequence[Preference]) -> list[dict[
     """Rows with both answers and by how much (in nats) `model`, the reference, prefers the chosen one."""
     sides = [(p.prompt_ids, ids) for p in preferences for ids in (p.chosen_ids, p.rejected_ids)]
     with in_mode(model, training=False):
-        scores = score(without_adapter_wrapper(model), [Scored((*x, *y), len(x)) for x, y in sides])
+        scores = score(model, [Scored((*x, *y), len(x)) for x, y in sides])
     sums = [float(found.double().sum()) for found in scores]
     rows = [supervised_row(EncodedPair(*side)) for side in sides]
     return [
