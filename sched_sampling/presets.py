@@ -38,6 +38,7 @@ class SamplingPreset(Preset):
     # Tasks on which preference tuning starts from every method; its updates.
     preference: tuple[str, ...] = ()
     preference_steps: int = 100
+    preference_learning_rate: float = 5e-6
     # Claims 5, 6 and 11: parity of so many bits, and the share of the prompts that is never trained on.
     parity_bits: int = 7
     parity_held_out: float = 0.125

@@ -22,10 +22,15 @@ from core.llm.causal import CausalLM
 from core.llm.examples import EncodedPair, collate, encode_pairs, supervised_row
 from core.llm.finetuning import Finetuning, add_lora, completion_loss
 from core.llm.modes import in_mode
-from sched_sampling.baselines import RandomTokenReplacement, SupervisedFineTuning
+from sched_sampling.baselines import (
+    Preference,
+    RandomTokenReplacement,
+    SupervisedFineTuning,
+    tune_on_preferences,
+)
 from sched_sampling.bash import BatchScheduledSampling
 from sched_sampling.correction import correct
-from sched_sampling.drafting import Drafting
+from sched_sampling.drafting import Drafting, draft_with_model
 from sched_sampling.evaluation import exposure_gap
 from sched_sampling.mixing import Mixing
 from sched_sampling.presets import OTHER_DRAW, SamplingPreset
@@ -197,11 +202,15 @@ def fitted(
 
 
 def template_of(preset: SamplingPreset, name: str) -> Template | None:
-    """The correction prompt: a token of its own for the small models, words for those that read."""
+    """The correction prompt: words for models that read; for the small ones a token and the end of the prompt once more.
+
+    Without that end ("Answer:") a corrected answer of the sums was right 4 times in 100 instead of 23 (valid, seed 0).
+    """
     if preset.task_model != "world":
         return None
     tokenizer = model_of(preset, name).tokenizer
-    return TokenTemplate(separator_ids=(tokenizer.convert_tokens_to_ids(CORRECTION),))
+    _, _, asked = str(task_of(preset, name, preset.seeds[0]).train[0].prompt).rpartition("\n")
+    return TokenTemplate(separator_ids=tuple(tokenizer(f"{CORRECTION}\n{asked}")["input_ids"]))
 
 
 def answer_limit(preset: SamplingPreset, name: str) -> int:
@@ -274,3 +283,40 @@ def _gold_nll(model: Any, pairs: Sequence[EncodedPair]) -> Floats:
                 for pair in pairs
             ]
         )
+
+
+@cache
+def preferences(preset: SamplingPreset, seed: int, name: str) -> tuple[Preference, ...]:
+    """The demonstrations of a seed, each chosen over a sample of the base; where the two are the same there is none."""
+    lm = model_of(preset, name)
+    restore(lm.model, trained(preset, seed, name, BASE).weights)
+    pairs = encoded(preset, name, seed, "train")
+    drafts = draft_with_model(
+        lm.model,
+        lm.tokenizer,
+        [pair.prompt_ids for pair in pairs],
+        Drafting(),
+        max_new_tokens=answer_limit(preset, name),
+        seed=seed,
+    )
+    ends = [pair.target_ids[-1:] if draft.ended else () for pair, draft in zip(pairs, drafts, strict=True)]
+    return tuple(
+        Preference(pair.prompt_ids, pair.target_ids, (*draft.token_ids, *end))
+        for pair, draft, end in zip(pairs, drafts, ends, strict=True)
+        if (*draft.token_ids, *end) != pair.target_ids
+    )
+
+
+@cache
+def preferred(preset: SamplingPreset, seed: int, name: str, method: str) -> Scores:
+    """Scores of greedy direct answers after preference tuning that began with a run; all runs get the same preferences."""
+    lm = model_of(preset, name)
+    chosen = preferences(preset, seed, name)
+    start = trained(preset, seed, name, method).weights
+    restore(lm.model, start)
+    settings = replace(
+        _settings(preset, preset.preference_steps), learning_rate=preset.preference_learning_rate, packing=False
+    )
+    tune_on_preferences(lm.model, chosen, settings, seed=seed)
+    (scores,) = scored(preset, seed, name, trained_state(lm.model), temperature=0.0)
+    return scores

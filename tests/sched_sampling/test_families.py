@@ -147,3 +147,34 @@ def test_the_evidence_on_exposure_is_the_difference_of_gaps():
     gaps = evidence.table.set_index("method")["exposure gap"]
     assert evidence.comparisons[0].interval.estimate == pytest.approx(gaps[LONGER] - gaps[BASH])
     assert evidence.verdict is evidence.comparisons[0].verdict
+
+
+def test_preference_tuning_is_not_run_where_no_task_is_named_for_it():
+    evidence = families.better_start_for_preference_tuning(PRESET)
+    assert evidence.verdict is Verdict.NOT_RUN
+    assert "full preset" in evidence.not_run_reason
+
+
+def test_every_start_is_tuned_on_the_same_preferences_for_demonstrations_over_samples():
+    pairs = {pair.prompt_ids: pair.target_ids for pair in family_runs.encoded(PRESET, TASK, 0, "train")}
+    found = family_runs.preferences(PRESET, 0, TASK)
+    assert found
+    assert all(each.chosen_ids == pairs[each.prompt_ids] != each.rejected_ids for each in found)
+
+
+def test_the_evidence_on_preference_tuning_compares_starts_after_it():
+    preset = replace(PRESET, preference=(TASK,), preference_steps=2, preference_learning_rate=1e-3)
+    evidence = families.better_start_for_preference_tuning(preset)
+    after = evidence.table.set_index("start")["after"]
+    difference = evidence.comparisons[0].interval.estimate
+    assert 100 * difference == pytest.approx(after[BASH] - after[LONGER])
+    assert evidence.verdict is Verdict.all_of(comparison.verdict for comparison in evidence.comparisons)
+    assert evidence.control is not None
+    assert evidence.control.verdict is not Verdict.HOLDS
+
+
+def test_a_correction_prompt_of_a_small_model_ends_as_its_prompts_do():
+    tokenizer = family_runs.model_of(PRESET, TASK).tokenizer
+    template = family_runs.template_of(PRESET, TASK)
+    assert tokenizer.decode(template.separator_ids) == f"{CORRECTION}\nAnswer:"
+    assert family_runs.template_of(replace(PRESET, task_model="pretrained:smollm2-135m"), TASK) is None
