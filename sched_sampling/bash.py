@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import InvalidInput
+from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
 from sched_sampling.mixing import MixedRow, Mixing, mix_rows, position_betas
 from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
@@ -68,7 +69,7 @@ def bash_dataset(
     Raises `InvalidInput` before any work on pairs or options that cannot be used, and when `output_dir` holds a data set
     that was made with anything else.
     """
-    encoded = encode_pairs(tokenizer, pairs, max_length=context_length(model))
+    encoded = encode_pairs(tokenizer, pairs, max_length=context_length(model), end_ids=end_tokens(model, tokenizer))
     if not encoded:
         raise InvalidInput("There are no pairs to mix.")
     if rollouts is not None and len(rollouts) != len(encoded):

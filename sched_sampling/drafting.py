@@ -7,7 +7,7 @@ its occurrence, never on what else is asked.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +69,17 @@ def draft_with_model(
     drafting: Drafting,
     *,
     max_new_tokens: int,
+    ends: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[Draft]:
     """A draft for every prompt of token ids, in their order, with dropout off; end tokens are not part of drafts.
 
+    `ends` are the end tokens, perhaps none; None takes those of the model and the tokenizer, of which there must be one.
     Raises `InvalidInput` before any work when a prompt and `max_new_tokens` do not fit the model's context,
     and when nothing would end an answer.
     """
     check_room(model, prompts, max_new_tokens)
-    ends = end_tokens(model, tokenizer)
-    if not ends:
+    if ends is None and not (ends := end_tokens(model, tokenizer)):
         raise InvalidInput(
             "Neither the model nor the tokenizer has an end token. Set model.generation_config.eos_token_id."
         )
@@ -163,7 +164,7 @@ def places_of(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(places.values())
 
 
-def _draft(tokenizer: Any, prompt: Sequence[int], continuation: Continuation, ends: frozenset[int]) -> Draft:
+def _draft(tokenizer: Any, prompt: Sequence[int], continuation: Continuation, ends: Collection[int]) -> Draft:
     ids = continuation.token_ids
     ended = ids[-1] in ends
     ids = ids[:-1] if ended else ids

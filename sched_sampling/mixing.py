@@ -30,6 +30,7 @@ from core.llm.batching import length_buckets, pad_right, patiently
 from core.llm.examples import EncodedPair
 from core.llm.modes import in_mode
 from core.llm.scoring import default_batch_tokens
+from sched_sampling.drafting import Drafting, draft_with_model
 from sched_sampling.engines import MAX_PASSES, WINDOW, Batch, Proposal, from_gold, parallel, sequential
 from sched_sampling.noise import coins, token_draws
 
@@ -177,49 +178,27 @@ def mix_rows(
             if mixing.proposal == "mixed":
                 # What a bounded number of passes left open, or everything.
                 sequential(model, batch, proposal)
-            for i, row in zip(
-                rows, _unbatched(batch, [pairs[i] for i in rows], [chosen[i] for i in rows]), strict=True
-            ):
-                results[i] = row
+            mixed = _unbatched(batch, [pairs[i] for i in rows], [chosen[i] for i in rows])
+            for i, result in zip(rows, mixed, strict=True):
+                results[i] = result
     return results
 
 
 def own_rollouts(model: Any, pairs: Sequence[EncodedPair], proposal: Proposal) -> list[tuple[int, ...]]:
-    """A free-running answer of the model to every prompt, as long as the gold one at most, its end token taken off.
+    """A free-running answer of the model to every prompt, at most as long as the longest gold one, without its end.
 
     Rows with the same prompt get different samples.
     """
-    from core.llm.generation import Sampling, generate
-
-    copies: dict[tuple[int, ...], list[int]] = {}
-    for i, pair in enumerate(pairs):
-        copies.setdefault(tuple(pair.prompt_ids), []).append(i)
-    answers: list[tuple[int, ...]] = [()] * len(pairs)
-    by_count: dict[int, list[tuple[int, ...]]] = {}
-    for prompt, rows in copies.items():
-        by_count.setdefault(len(rows) if proposal.temperature else 1, []).append(prompt)
-    with in_mode(model, training=False):
-        for count, prompts in by_count.items():
-            longest = max(len(pairs[i].target_ids) for prompt in prompts for i in copies[prompt])
-            found = generate(
-                model,
-                prompts,
-                Sampling(
-                    proposal.temperature,
-                    proposal.top_k or None,
-                    None if proposal.top_p == 1 else proposal.top_p,
-                    count,
-                    proposal.seed,
-                ),
-                max_new_tokens=longest,
-                ended=lambda ids: ids[-1] in proposal.protected_ids,
-                max_batch_tokens=default_batch_tokens(model),
-            )
-            for prompt, samples in zip(prompts, found, strict=True):
-                for i, sample in zip(copies[prompt], samples * (len(copies[prompt]) // count), strict=True):
-                    ended = sample.token_ids[-1] in proposal.protected_ids
-                    answers[i] = sample.token_ids[: -1 if ended else None]
-    return answers
+    drafts = draft_with_model(
+        model,
+        None,
+        [pair.prompt_ids for pair in pairs],
+        Drafting(temperature=proposal.temperature, top_k=proposal.top_k, top_p=proposal.top_p),
+        max_new_tokens=max(len(pair.target_ids) for pair in pairs),
+        ends=proposal.protected_ids,
+        seed=proposal.seed,
+    )
+    return [draft.token_ids for draft in drafts]
 
 
 def position_betas(beta: float | Sequence[float], pairs: Sequence[EncodedPair]) -> np.ndarray:

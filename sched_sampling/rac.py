@@ -19,6 +19,7 @@ import numpy as np
 
 from core.errors import InvalidInput
 from core.llm.base import Chat
+from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
 from sched_sampling.crossfit import Split, drafting_model, split
 from sched_sampling.drafting import Drafting, check_room, draft_with_chat, draft_with_model, places_of
@@ -64,7 +65,7 @@ def rac_dataset(
     was made with anything else.
     """
     texts = list(pairs)
-    encoded = encode_pairs(tokenizer, texts, max_length=context_length(model))
+    encoded = encode_pairs(tokenizer, texts, max_length=context_length(model), end_ids=end_tokens(model, tokenizer))
     if not encoded:
         raise InvalidInput("There are no pairs to correct.")
     _check_share(direct_share)
@@ -94,7 +95,7 @@ def rac_dataset(
             return {i: drafts[i] for i in places}
         if not places:
             return {}
-        how = {"max_new_tokens": max_new_tokens, "seed": seed}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         if chat is not None:
             made = draft_with_chat(chat, tokenizer, [_given_prompt(texts[i]) for i in places], settings, **how)
         else:
@@ -254,7 +255,7 @@ class ReferenceAnswerCorrection(Method):
         chat = None if self.chat is None else self.chat(job.round)
         held = [job.pairs[i] for i in parts.held_out]
         options = self._drafting_options(job)
-        how = {"max_new_tokens": options["max_new_tokens"], "seed": job.seed}
+        how: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"], "seed": job.seed}
         if chat is not None:
             prompts = [_given_prompt(job.texts[i]) for i in parts.held_out]
             drafts = draft_with_chat(chat, job.tokenizer, prompts, self.drafting, **how)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from core.errors import CheckpointError, InvalidInput
 from core.files import sole_writer, write_atomic
+from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, collate, encode_pairs
 from core.llm.finetuning import Finetuning, completion_loss, finetune
 from core.training import History
-from core.training.loop import Hook
+from core.training.loop import Event, Hook
 from sched_sampling.processes import processes
 from sched_sampling.provenance import describe_method, model_digest, pairs_digest
 from sched_sampling.weights import load_trained, save_trained
@@ -35,12 +36,23 @@ Loss = Callable[[Any, Any], Tensor]
 Evaluate = Callable[[int], Mapping[str, float]]
 
 
+@dataclass
+class Clock:
+    """A hook that knows how many updates of the round are complete, also in a run that was resumed."""
+
+    step: int = 0
+
+    def __call__(self, event: Event) -> None:
+        """Take the time of the loop."""
+        self.step = event.step
+
+
 @dataclass(frozen=True)
 class RoundJob:
     """What a method may use to build round `round` of `rounds`: the current model and the demonstrations.
 
     `texts` are the pairs as the user gave them; `seed` is a new one every round; `folder` (None: keep nothing) is where a
-    data set is written as it is produced.
+    data set is written as it is produced; `clock` counts the updates of the round's training.
     """
 
     round: int
@@ -51,6 +63,7 @@ class RoundJob:
     texts: Sequence[Any]
     seed: int
     folder: Path | None = None
+    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class Method(ABC):
         finite.
         """
         texts = list(pairs)
-        encoded = encode_pairs(tokenizer, texts, max_length=context_length(model))
+        encoded = encode_pairs(tokenizer, texts, max_length=context_length(model), end_ids=end_tokens(model, tokenizer))
         if not encoded:
             raise InvalidInput("There are no pairs to train on.")
         folder = None if output_dir is None else Path(output_dir)
@@ -175,7 +188,7 @@ class Method(ABC):
                 collate=self.batch,
                 checkpoint_dir=None if job.folder is None else job.folder / "checkpoint",
                 checkpoint_every=None if job.folder is None else 100,
-                hooks=hooks,
+                hooks=[job.clock, *hooks],
                 description=f"Round {job.round + 1} of {job.rounds}",
             )
         end = time.process_time()
@@ -217,7 +230,7 @@ def _same_run(folder: Path, identity: Mapping[str, Any], *, first: bool) -> None
 
 
 def _finished_rounds(folder: Path) -> list[RoundReport]:
-    reports = []
+    reports: list[RoundReport] = []
     while (record := _round_folder(folder, len(reports)) / "report.json").exists():
         values = json.loads(record.read_text())
         reports.append(RoundReport(**{**values, "history": History(**values["history"])}))

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from core.llm.examples import supervised_row
-from core.training.loop import Event, Hook
-from sched_sampling.rounds import Built, Evaluate, Method, RoundJob, RoundReport
+from sched_sampling.rounds import Built, Method, RoundJob
 from sched_sampling.schedule import Schedule, linear
-
-
-@dataclass
-class Clock:
-    """A hook that knows how many updates of the round are complete, also in a run that was resumed."""
-
-    step: int = 0
-
-    def __call__(self, event: Event) -> None:
-        """Take the time of the loop."""
-        self.step = event.step
-
-
-@dataclass(frozen=True)
-class TimedJob(RoundJob):
-    """A round with a clock."""
-
-    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +23,7 @@ class StepwiseMethod(Method):
 
     def now(self, job: RoundJob) -> tuple[float, int]:
         """Beta of the step that is being computed, and a seed of its own."""
-        step = job.clock.step if isinstance(job, TimedJob) else 0
+        step = job.clock.step
         a_round = self.training.steps(len(job.pairs))
         beta = self.schedule(job.round * a_round + step, self.rounds * a_round)
         return beta, int(np.random.SeedSequence([job.seed, step]).generate_state(1)[0])
-
-    def _round(self, job: RoundJob, evaluate: Evaluate | None, hooks: Sequence[Hook]) -> RoundReport:
-        timed = TimedJob(**vars(job))
-        return super()._round(timed, evaluate, [timed.clock, *hooks])

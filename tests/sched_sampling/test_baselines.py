@@ -27,7 +27,6 @@ from sched_sampling.baselines import (
 )
 from sched_sampling.baselines.neftune import noisy_embeddings
 from sched_sampling.baselines.preference import preference_batch, preference_loss, preference_rows
-from sched_sampling.baselines.steps import TimedJob
 from sched_sampling.baselines.two_pass import replaced_places
 from sched_sampling.bash import BatchScheduledSampling, protected_ids
 from sched_sampling.mixing import Mixing, mix_rows
@@ -79,7 +78,7 @@ def _equal(left: nn.Module, right: nn.Module, tolerance: float = 0.0) -> bool:
 
 def _job(model: nn.Module, pairs: list[EncodedPair], **changes) -> RoundJob:
     fields = {"round": 0, "rounds": 1, "tokenizer": None, "texts": pairs, "seed": 5, **changes}
-    return TimedJob(model=model, pairs=pairs, **fields)
+    return RoundJob(model=model, pairs=pairs, **fields)
 
 
 @pytest.mark.parametrize(
