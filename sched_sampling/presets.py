@@ -15,6 +15,44 @@ OTHER_DRAW = 1000
 class SamplingPreset(Preset):
     """What a scale means here."""
 
+    # Claims 1 to 3, 7 and 12: counting. Rows, updates of the base, then rounds and updates a round of what continues it.
+    toy_pairs: int = 512
+    toy_batch: int = 64
+    toy_base_steps: int = 100
+    toy_rounds: int = 8
+    toy_round_steps: int = 50
+    toy_learning_rate: float = 3e-3
+    toy_beta: float = 0.5
+    # A model that counts nearly perfectly errs too rarely at temperature 1 to see a mistake of its own.
+    toy_temperature: float = 2.0
+    # Besides `mixed`, in the table of claim 1.
+    toy_proposals: tuple[str, ...] = ()
+    # Answers decoded under noise, for each of the sixteen prompts.
+    toy_draws: int = 64
+    # Claim 2: running sums, where contexts with wrong tokens do harm.
+    scratchpad_digits: int = 3
+    scratchpad_pairs: int = 2000
+    scratchpad_test: int = 200
+    scratchpad_batch: int = 32
+    scratchpad_base_steps: int = 300
+    scratchpad_rounds: int = 3
+    scratchpad_round_steps: int = 40
+    scratchpad_beta: float = 0.3
+    # Claim 4: rows of the data set with two answers, and updates on it.
+    bias_pairs: int = 4096
+    bias_steps: int = 120
+    # Claim 7: tokens of an answer, rows of a batch and updates of the timed runs.
+    timing_length: int = 96
+    timing_batch: int = 8
+    timing_steps: int = 20
+    # Claim 8: draws of a model, a mixing probability, a temperature and masks.
+    sampler_draws: int = 20
+    # Claim 12: open text, cut into prompts and answers of so many tokens.
+    text_model: str = "testbed:tiny_llama"
+    text: tuple[str, str] = ("embedded:corpus:scipy", "test")
+    text_pairs: int = 64
+    text_prompt: int = 32
+    text_answer: int = 64
     # Claims 9, 10 and 13: the tasks of the three families, and the model, "world" for one pretrained on each task's texts.
     tasks: tuple[str, ...] = ("world:dialogues:1", "world:questions:1", "world:sums:1")
     task_model: str = "world"
@@ -62,26 +100,44 @@ class SamplingPreset(Preset):
 
 
 QUICK = SamplingPreset(name="quick")
-# An update of a real language model on three short demonstrations takes four CPU-seconds and an answer one: what fits into
-# forty minutes is small, and shows that the experiment runs on real text rather than what comes out of it.
+# A real language model takes a CPU-second for an update on one short demonstration, one for an answer and three for its
+# exposure. What fits into forty CPU-minutes shows that the experiment runs on real text, not what comes out of it.
 REAL = SamplingPreset(
     name="real",
+    toy_proposals=("gold", "rollout"),
+    scratchpad_digits=6,
+    scratchpad_batch=64,
+    scratchpad_base_steps=900,
+    scratchpad_rounds=6,
+    scratchpad_round_steps=150,
+    text_model="pretrained:smollm2-135m",
+    text=("wikitext2_small", "test"),
+    text_pairs=16,
     tasks=("dialogsum", "gsm8k"),
     task_model="pretrained:smollm2-135m",
     task_lora_rank=16,
-    task_pairs=12,
+    task_pairs=8,
     task_valid=4,
-    task_test=6,
+    task_test=4,
     task_context=128,
     task_answer_tokens=40,
     task_base_steps=4,
     task_rounds=2,
     task_round_steps=2,
-    task_batch=3,
+    task_batch=2,
     sensitivity_task="dialogsum",
 )
 FULL = SamplingPreset(
     name="full",
+    toy_proposals=("gold", "rollout"),
+    scratchpad_digits=6,
+    scratchpad_batch=64,
+    scratchpad_base_steps=900,
+    scratchpad_rounds=6,
+    scratchpad_round_steps=150,
+    text_model="hub:mistralai/Mistral-7B-v0.1",
+    text=("wikitext2", "test"),
+    text_pairs=256,
     tasks=("tldr", "squad", "gsm8k"),
     task_model="hub:mistralai/Mistral-7B-v0.1",
     task_lora_rank=16,
