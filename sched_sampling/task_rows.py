@@ -89,6 +89,25 @@ def ultrachat(rows: Iterable[Mapping[str, Any]]) -> list[Item]:
     return items
 
 
+def demonstrations(rows: Iterable[Mapping[str, Any]]) -> list[Item]:
+    """Anybody's rows with `prompt` and `completion`, both texts or both messages; the completion is the reference.
+
+    Raises `InvalidInput`, naming the row, where a column is missing or empty.
+    """
+    items = []
+    for number, row in enumerate(rows):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not prompt or not completion:
+            missing = "prompt" if not prompt else "completion"
+            raise InvalidInput(f"Row {number} has no {missing}; its columns are {', '.join(row)}. Rename or fill them.")
+        if isinstance(prompt, str):
+            items.append(Item(prompt, completion, (completion.strip(),), prompt))
+        else:
+            asked, answer = ([dict(turn) for turn in turns] for turns in (prompt, completion))
+            items.append(Item(tuple(asked), tuple(answer), (answer[-1]["content"],), str(asked)))
+    return items
+
+
 def gsm8k(rows: Iterable[Mapping[str, Any]], *, calculator_marks: bool = True) -> list[Item]:
     """GSM8K: a word problem and its worked solution, which ends in `#### n`.
 

@@ -15,6 +15,7 @@
 | ultrachat | question answering | F1 and ROUGE-L against the reference | 95 % of train_sft / the rest / test_sft |
 | gsm8k | mathematics | numeric match | 95 % of train / the rest / test |
 | math | mathematics | math-verify | 95 % of train / the rest / test |
+| folder:PATH, hub:OWNER/NAME | your own | F1 and ROUGE-L against the completion | 80 % / 10 % / 10 %, by prompt |
 | metamath | mathematics | math-verify | 90 % / 5 % / 5 %, by original question |
 
 Splits that are made here go by a hash of what is asked, so that they depend neither on order nor on numbers of rows.
@@ -42,6 +43,8 @@ from sched_sampling import task_rows
 from sched_sampling.task_rows import Item
 
 SUMMARISATION, QUESTION_ANSWERING, MATHEMATICS = "summarisation", "question answering", "mathematics"
+# Pairs of the user's, of which nothing else is known.
+OWN = "own"
 SPLITS = ("train", "valid", "test")
 
 Scores = dict[str, NDArray[np.float64]]
@@ -112,6 +115,10 @@ def load_task(
     home, _, rest = name.partition(":")
     if home == "world":
         return _world_task(name, rest, {split: sizes[split] or WORLD_SIZES[split] for split in SPLITS}, seed)
+    if home in ("folder", "hub"):
+        found, provenance = _own_splits(name)
+        chosen = {split: _some(found[split], sizes[split], seed, f"{name} [{split}]") for split in SPLITS}
+        return Task(name, OWN, **chosen, headline="F1", max_new_tokens=256, provenance=provenance, metric=chat_scores)
     if name not in SOURCES:
         raise unknown_name("task", name, [*SOURCES, *(f"world:{kind}:1" for kind in _WORLD_TASKS)])
     source = SOURCES[name]
@@ -128,6 +135,21 @@ def load_task(
         provenance=provenance,
         metric=source.metric,
     )
+
+
+def _own_splits(spec: str) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
+    """Rows with `prompt` and `completion` from a file, a folder without splits, or the train split of one with them."""
+    data = catalog.load(spec, "train" if spec.startswith("hub:") or _has_splits(spec) else None)
+    items = task_rows.demonstrations(data.dataset)
+    if not items:
+        raise InvalidInput(f"{spec} has no rows.")
+    shares = {"train": 0.8, "valid": 0.1, "test": 0.1}
+    return shared_out(items, shares), (data.provenance, "here 80% are train, 10% valid and 10% test")
+
+
+def _has_splits(spec: str) -> bool:
+    folder = Path(spec.removeprefix("folder:")).expanduser()
+    return folder.is_dir() and any(folder.glob("train*"))
 
 
 def _some(items: Sequence[Item], number: int | None, seed: int, what: str) -> tuple[Item, ...]:

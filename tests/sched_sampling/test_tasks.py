@@ -273,3 +273,23 @@ def test_every_item_of_a_task_counts_once_in_its_scores():
         ("rouge1", "rouge2", "rougeL"), (5,)
     )
     assert all(np.isfinite(values).all() for values in scores.values())
+
+
+def test_a_file_of_ones_own_is_a_task(tmp_path):
+    rows = [{"prompt": f"{i} and one is", "completion": f" {i + 1}"} for i in range(200)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(f"folder:{path}")
+    sizes = [len(task.items(split)) for split in ("train", "valid", "test")]
+    assert sum(sizes) == 200
+    assert 140 < sizes[0] < 180
+    assert task.pairs("train")[0] in rows
+    item = task.test[0]
+    assert task.score([item.references[0], "nothing"], [item, item])["F1"].tolist() == [1.0, 0.0]
+
+
+def test_a_file_without_the_two_columns_says_which_row_and_column(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(InvalidInput, match="Row 1 has no completion"):
+        load_task(f"folder:{path}")
