@@ -174,6 +174,7 @@ def position_curves(
     model: Any,
     pairs: Sequence[EncodedPair],
     *,
+    proposal: str = "mixed",
     temperature: float = 1.0,
     samples: int = 1,
     tokenizer: Any = None,
@@ -183,9 +184,10 @@ def position_curves(
     """How well the gold token is predicted at every position of an answer, on gold prefixes and on own ones.
 
     Own prefixes are free-running answers (`samples` of each, at `temperature`), aligned with gold position by position. A
-    special token that the model would emit is replaced by gold, as in training data, so that no answer ends early.
+    special token that the model would emit is replaced by gold, as in training data, so that no answer ends early. `proposal`
+    (`sched_sampling.mixing`) "gold" draws every token behind gold ones instead: mistakes that cannot cascade.
     """
-    gold, own = _both(model, pairs, tokenizer, temperature, samples, seed, max_batch_tokens)
+    gold, own = _both(model, pairs, tokenizer, proposal, temperature, samples, seed, max_batch_tokens)
     reach = np.bincount([len(found.nll) for found in gold])
     return PositionCurves(
         gold_nll=_mean_by_position([found.nll for found in gold]),
@@ -219,7 +221,7 @@ def exposure_gap(
     Own prefixes are those of `position_curves`. Gold must be what should come at its position whatever stands before it, as
     in the toy tasks; on open text an answer that puts things in another order counts as a gap too.
     """
-    gold, own = _both(model, pairs, tokenizer, temperature, samples, seed, max_batch_tokens)
+    gold, own = _both(model, pairs, tokenizer, "mixed", temperature, samples, seed, max_batch_tokens)
     by_pair = np.array(
         [
             np.mean([found.nll.mean() for found in own[i * samples : (i + 1) * samples]]) - gold[i].nll.mean()
@@ -252,6 +254,7 @@ def _both(
     model: Any,
     pairs: Sequence[EncodedPair],
     tokenizer: Any,
+    proposal: str,
     temperature: float,
     samples: int,
     seed: int,
@@ -266,6 +269,7 @@ def _both(
         model,
         many,
         1.0,
+        proposal=proposal,
         temperature=temperature,
         protected_ids=protected_ids(model, tokenizer),
         seed=seed,

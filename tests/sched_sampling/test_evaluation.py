@@ -303,6 +303,20 @@ def test_a_model_that_looks_at_positions_only_has_no_gap_and_one_that_copies_for
     assert exposure_gap(Table(noisy[1]), pairs).value > 0.5
 
 
+def test_mistakes_behind_gold_tokens_do_not_cascade_and_own_ones_do():
+    """Counting from the last token, wrong with probability s: behind gold tokens the next answer is always the same."""
+    model = Table(_peaked(lambda position, token: (token + 1) % VOCABULARY, sharpness=5.0))
+    slip = 10 / (np.exp(5.0) + 10)
+    pairs = _counting_pairs(12)
+    isolated, cascading = (
+        position_curves(model, pairs, proposal=proposal, samples=200).own_accuracy for proposal in ("gold", "mixed")
+    )
+    np.testing.assert_allclose(isolated[1:], 1 - slip, atol=0.025)
+    assert isolated[0] == cascading[0] == 1
+    # A slip by d is undone by another of -d, which is rare.
+    np.testing.assert_allclose(cascading, (1 - slip) ** np.arange(12), atol=0.04)
+
+
 def _regret_by_enumeration(table: torch.Tensor, truth, prompt: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Accumulated regret under model and true prefixes, exactly: prefixes enter through their last token only."""
     model = table.double().softmax(-1).numpy()

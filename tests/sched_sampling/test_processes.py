@@ -20,7 +20,11 @@ def _run(folder: Path, processes: int) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(folder)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, *launcher, str(SCRIPT), str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

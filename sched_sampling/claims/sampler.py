@@ -1,0 +1,338 @@
+"""Claims 4, 7 and 8: what BASH converges to, what it costs, and that its parallel sampler is exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from core.experiment import Control, Evidence, Verdict, claim, verdict
+from core.llm.examples import EncodedPair
+from core.llm.finetuning import Finetuning
+from core.plots import COLORS, figure
+from core.progress import track
+from sched_sampling.baselines import OnlineScheduledSampling, SupervisedFineTuning
+from sched_sampling.bash import BatchScheduledSampling
+from sched_sampling.claims.toy_runs import (
+    BASH,
+    LONGER,
+    MODULUS,
+    ONLINE,
+    SFT,
+    compared,
+    counting_provenance,
+    counting_scores,
+    one_thread,
+    ready,
+)
+from sched_sampling.forced import predict
+from sched_sampling.mixing import Mixing, mix
+from sched_sampling.presets import SamplingPreset
+from sched_sampling.rounds import Method
+from sched_sampling.schedule import constant
+from sched_sampling.theory import bash_optimum
+from sched_sampling.toys import counting, tiny_gpt
+
+A, B, C, D, PROMPT = range(5)
+BETAS = (0.0, 0.1, 0.3, 0.5, 1.0)
+# The share of answers AB, a seed each in turn.
+SHARES = (0.5, 0.7, 0.35, 0.6, 0.8)
+BIAS = 0.02
+SPEED = 3.0
+# Two implementations of the reference put the same run at 0.62 to 0.97: less than this is the same recovery.
+SAME = 0.2
+
+
+@claim(
+    "sched_sampling",
+    4,
+    kind="constructed",
+    statement="BASH is biased where answers are multi-modal, by exactly the formula.",
+    time_limit=1800,
+)
+def bash_is_biased_as_the_formula_says(preset: SamplingPreset) -> Evidence:
+    """Answers AB (share p) and CD: P(B|A) and P(B|C) of a tiny GPT after BASH against the population optimum, at five betas.
+
+    The model first learns the answers; q is then its P(A), and one round follows at beta. The largest error of a seed, 0.02
+    minus it, margin 0; p differs between seeds. Control: the formula of teacher forcing, P(B|A) = 1 and P(B|C) = 0.
+    """
+    rows: list[_Conditional] = []
+    with one_thread():
+        for seed, share in track(
+            list(zip(preset.seeds, _cycled(len(preset.seeds)), strict=True)), "Learning two answers"
+        ):
+            rows += _bias_rows(preset, seed, share)
+    errors, naive = (dict.fromkeys(preset.seeds, 0.0) for _ in range(2))
+    for row in rows:
+        errors[row.seed] = max(errors[row.seed], abs(row.learned - row.optimum))
+        naive[row.seed] = max(naive[row.seed], abs(row.learned - row.unbiased))
+    unit = "probability"
+    close = compared(preset, lambda s: BIAS - errors[s], label="0.02 − largest error", unit=unit)
+    null = compared(preset, lambda s: BIAS - naive[s], label="teacher forcing: 0.02 − largest error", unit=unit)
+    plot, axes = figure()
+    for color, given in zip(COLORS, ("A", "C"), strict=False):
+        found = [row for row in rows if row.given == given]
+        axes.plot(
+            [row.optimum for row in found],
+            [row.learned for row in found],
+            "o",
+            color=color,
+            alpha=0.6,
+            label=f"P(B|{given})",
+        )
+    axes.plot([0, 1], [0, 1], color="black", alpha=0.4, linewidth=0.8)
+    axes.set(xlabel="optimum of the formula", ylabel="learned")
+    axes.legend(frameon=False)
+    at_half = [row.learned for row in rows if row.beta == 0.5 and row.given == "A"]
+    table = pd.DataFrame(rows).drop(columns="seed").groupby(["beta", "given"], as_index=False).mean()
+    return Evidence(
+        verdict=close.verdict,
+        headline=f"Largest error {max(errors.values()):.3f} over {len(rows)} conditionals; at beta = 0.5 P(B|A) falls from 1 to "
+        f"{min(at_half):.2f} to {max(at_half):.2f}, by p",
+        table=table,
+        comparisons=(close,),
+        control=Control.of("Teacher forcing's conditionals, 1 and 0.", null),
+        figures={"Conditionals of all seeds and betas against the formula": plot},
+        seeds=preset.seeds,
+        provenance=(f"{preset.bias_pairs} rows a seed, {preset.bias_steps} updates at each beta",),
+    )
+
+
+@dataclass(frozen=True)
+class _Conditional:
+    """P(B | given) after BASH at `beta`, with what the formula and what teacher forcing says."""
+
+    seed: int
+    p: float
+    q: float
+    beta: float
+    given: str
+    optimum: float
+    learned: float
+    unbiased: float
+
+
+def _cycled(num: int) -> list[float]:
+    return [SHARES[i % len(SHARES)] for i in range(num)]
+
+
+def _bias_rows(preset: SamplingPreset, seed: int, share: float) -> list[_Conditional]:
+    first = round(share * preset.bias_pairs)
+    pairs = [EncodedPair((PROMPT,), (A, B) if i < first else (C, D)) for i in range(preset.bias_pairs)]
+    training = Finetuning(num_steps=preset.bias_steps, batch_size=256, learning_rate=3e-3)
+    base = tiny_gpt(5, 3, seed)
+    SupervisedFineTuning(rounds=1, training=training).fit(base, None, pairs, seed=seed)
+    q = float(_second(base, ())[A])
+    rows = []
+    for beta in BETAS:
+        model = copy.deepcopy(base)
+        method = BatchScheduledSampling(rounds=1, schedule=constant(beta), training=training)
+        method.fit(model, None, pairs, seed=seed)
+        optimum = bash_optimum(share, q, beta)
+        for name, token, expected, unbiased in (("A", A, optimum.b_given_a, 1.0), ("C", C, optimum.b_given_c, 0.0)):
+            learned = float(_second(model, (token,))[B])
+            # Both first tokens occur, whatever beta is.
+            rows.append(_Conditional(seed, share, q, beta, name, float(expected or 0), learned, unbiased))
+    return rows
+
+
+def _second(model: Any, context: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The probabilities of the token behind the prompt and `context`."""
+    (found,) = predict(model, [(PROMPT,)], [(*context, A)], lambda _, logits: logits[-1].double().softmax(-1).numpy())
+    return np.asarray(found)
+
+
+@claim(
+    "sched_sampling",
+    7,
+    kind="measured",
+    exclusive=True,
+    statement="Offline mixing recovers as well as online scheduled sampling, in a third of the time or less.",
+    time_limit=3600,
+)
+def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
+    """Counting: recovery after BASH minus after online scheduled sampling, at equal updates, margin −0.2. Time: CPU seconds of
+    one round, building and training, at beta 0.25, on counting to 96 with batches of 8; the online method generates token by
+    token over a cache in every step, as it is published. Margin log 3.
+
+    With short answers and large batches training itself is most of the time, and the ratio is smaller; given our parallel
+    sampler the online method is faster as well: both are in the table. Every row of the pool is used 6.25 times a round, as
+    in the runs on counting. Control: SFT in the place of BASH for recovery, and the online method against itself for time.
+    """
+    ready(preset, (SFT, LONGER, BASH, ONLINE), "Learning to count")
+
+    def recovery(seed: int, name: str) -> float:
+        return counting_scores(preset, seed, name).recovery
+
+    same = compared(
+        preset, lambda s: recovery(s, BASH) - recovery(s, ONLINE), margin=-SAME, label=f"{BASH} − {ONLINE}", unit=unit
+    )
+    not_same = compared(
+        preset,
+        lambda s: recovery(s, LONGER) - recovery(s, ONLINE),
+        margin=-SAME,
+        label=f"{LONGER} − {ONLINE}",
+        unit=unit,
+    )
+    settings = {
+        "long answers": (preset.timing_length, preset.timing_batch, preset.timing_steps),
+        "counting": (12, preset.toy_batch, preset.toy_round_steps),
+    }
+    seconds: dict[tuple[str, str], list[float]] = {}
+    with one_thread():
+        for seed in track(preset.seeds, "Timing rounds"):
+            for setting, sizes in settings.items():
+                for method, time_taken in _round_times(*sizes, seed=seed).items():
+                    seconds.setdefault((setting, method), []).append(time_taken)
+    logs = {place: np.log(times) for place, times in seconds.items()}
+    unit = "log of the ratio of CPU times"
+    faster, null = (
+        verdict(
+            list(logs["long answers", _TOKENS] - logs["long answers", other]), math.log(SPEED), label=label, unit=unit
+        )
+        for other, label in ((_OFFLINE, f"{_TOKENS} / {_OFFLINE}"), (_AGAIN, f"{_TOKENS} / itself"))
+    )
+    ratio = {place: math.exp(np.mean(log - logs[place[0], _OFFLINE])) for place, log in logs.items()}
+    table = pd.DataFrame(
+        [
+            (setting, method, float(np.median(times)), ratio[setting, method])
+            for (setting, method), times in seconds.items()
+            if method != _AGAIN
+        ],
+        columns=["setting", "method", "CPU seconds", "ratio to BASH"],
+    )
+    return Evidence(
+        verdict=Verdict.all_of([same.verdict, faster.verdict]),
+        headline=f"Recovery {np.mean([recovery(s, BASH) for s in preset.seeds]):.2f} offline, "
+        f"{np.mean([recovery(s, ONLINE) for s in preset.seeds]):.2f} online. Token by token the online method takes "
+        f"{ratio['long answers', _TOKENS]:.1f} times as long on answers of {preset.timing_length} tokens "
+        f"({ratio['long answers', _PARALLEL]:.1f} with our sampler), on counting to 12 {ratio['counting', _TOKENS]:.1f} "
+        f"({ratio['counting', _PARALLEL]:.1f})",
+        table=table,
+        comparisons=(same, faster),
+        control=Control.of("SFT for recovery, the online method against itself for time.", not_same, null),
+        seeds=preset.seeds,
+        provenance=(
+            counting_provenance(preset),
+            f"Timed: {preset.timing_steps} updates of {preset.timing_batch} rows, one thread, CPU time",
+        ),
+    )
+
+
+_OFFLINE, _TOKENS, _PARALLEL, _AGAIN = "BASH", "online, token by token", "online, our parallel sampler", "again"
+
+
+def _round_times(length: int, batch: int, steps: int, *, seed: int) -> dict[str, float]:
+    """CPU seconds of a round of every method, from one model that has begun to count."""
+    pairs = counting(max(1, round(steps * batch / 6.25)), length=length, modulus=MODULUS, seed=seed)
+    training = Finetuning(num_steps=steps, batch_size=batch, learning_rate=1e-3)
+    base = tiny_gpt(MODULUS, length + 1, seed)
+    # Also warms up what is slow the first time.
+    warm = BatchScheduledSampling(
+        rounds=1, schedule=constant(0.25), training=Finetuning(num_steps=10, learning_rate=3e-3)
+    )
+    warm.fit(base, None, pairs, seed=seed)
+    methods: dict[str, Method] = {
+        _OFFLINE: BatchScheduledSampling(
+            rounds=1, schedule=constant(0.25), training=training, mixing=Mixing(temperature=2.0)
+        )
+    }
+    for name, engine in ((_TOKENS, "sequential"), (_PARALLEL, "auto"), (_AGAIN, "sequential")):
+        methods[name] = OnlineScheduledSampling(
+            rounds=1, schedule=constant(0.25), training=training, mixing=Mixing(temperature=2.0, engine=engine)
+        )
+    times = {}
+    for name, method in methods.items():
+        model = copy.deepcopy(base)
+        start = time.process_time()
+        method.fit(model, None, pairs, seed=seed)
+        times[name] = time.process_time() - start
+    return times
+
+
+@claim(
+    "sched_sampling",
+    8,
+    kind="exact",
+    statement="The parallel sampler gives the tokens of sequential sampling, every one of them.",
+)
+def parallel_sampling_is_exact(preset: SamplingPreset) -> Evidence:
+    """Random models, mixing probabilities, temperatures and masks: parallel against sequential sampling over a cache, and
+    against one row at a time without filling. Prompts are filled up on the left, answers on the right.
+
+    Control: a single pass, that is tokens drawn behind gold ones.
+    """
+    rows, exact, null = [], [], []
+    with one_thread():
+        for draw in track(range(preset.sampler_draws), "Sampling in parallel"):
+            rng = np.random.default_rng([preset.seeds[0], draw])
+            model = _random_model(draw)
+            beta, temperature = float(rng.uniform(0.05, 1.0)), float(rng.choice([0.0, 0.5, 1.0, 2.0]))
+            num, width, length = 6, 7, 24
+            prompt, target = (torch.from_numpy(rng.integers(0, _VOCABULARY, (num, size))) for size in (width, length))
+            masks: dict[str, Any] = {
+                "prompt_mask": torch.arange(width) >= torch.from_numpy(rng.integers(0, width, num))[:, None],
+                "target_mask": torch.arange(length) < torch.from_numpy(rng.integers(4, length + 1, num))[:, None],
+            }
+            options: dict[str, Any] = {"temperature": temperature, "seed": draw, "protected_ids": (0,)}
+            parallel, sequential, gold = (mix(model, prompt, target, beta, **masks, **options, **how) for how in _WAYS)
+            alone = torch.cat([_alone(model, i, prompt, target, beta, masks, options) for i in range(num)])
+            exact.append(torch.equal(parallel.tokens, sequential.tokens) and torch.equal(parallel.tokens, alone))
+            null.append(torch.equal(gold.tokens, sequential.tokens))
+            rows.append((type(model).__name__, beta, temperature, parallel.changed, parallel.passes, exact[-1]))
+    table = pd.DataFrame(rows, columns=["model", "beta", "temperature", "changed", "passes", "equal"])
+    return Evidence(
+        verdict=Verdict.of(all(exact)),
+        headline=f"{sum(exact)} of {len(exact)} draws equal token for token, in {table['passes'].min()} to "
+        f"{table['passes'].max()} passes",
+        table=table,
+        control=Control(
+            f"A single pass behind gold tokens, equal in {sum(null)} of {len(null)} draws.", Verdict.of(all(null))
+        ),
+        seeds=preset.seeds[:1],
+    )
+
+
+_VOCABULARY = 23
+_WAYS: tuple[dict[str, Any], ...] = ({"engine": "parallel"}, {"engine": "sequential"}, {"proposal": "gold"})
+
+
+def _alone(
+    model: Any, i: int, prompt: Any, target: Any, beta: float, masks: dict[str, Any], options: dict[str, Any]
+) -> torch.Tensor:
+    """Row i sampled sequentially by itself, without any filling, and filled up again."""
+    row_prompt, row_target = prompt[i][masks["prompt_mask"][i]], target[i][masks["target_mask"][i]]
+    found = mix(model, row_prompt[None], row_target[None], beta, row_ids=[i], engine="sequential", **options)
+    whole = target[i : i + 1].clone()
+    whole[:, : len(row_target)] = found.tokens
+    return whole
+
+
+def _random_model(seed: int) -> Any:
+    """A GPT-2 or a Llama whose predictions are far from uniform and depend on the whole context."""
+    if seed % 2:
+        model: Any = tiny_gpt(_VOCABULARY, 40, seed)
+    else:
+        config = LlamaConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model
