@@ -67,7 +67,7 @@ _ROWS = (BASE, LONGER, EQUAL_TIME, RANDOM, BASH, RAC, _CORRECTED, NULL)
     10,
     kind="measured",
     statement="Both methods improve on supervised fine-tuning in summarisation, question answering and mathematics.",
-    expected="inconclusive",
+    expected={"quick": "fails", "real": "inconclusive", "full": "holds"},
     time_limit=7200,
 )
 def overall_improvement(preset: SamplingPreset) -> Evidence:
@@ -77,8 +77,8 @@ def overall_improvement(preset: SamplingPreset) -> Evidence:
     time (its steps depend on the machine) and against random tokens, RAC after one correction, sampled answers, and, on
     valid items of one seed, other beta and temperatures. Nothing was chosen on test items.
 
-    Small models forget and overfit where real ones need not, and embedded answers are short: nothing is expected of the
-    sign, and a corrector that has seen a hundred updates does harm. Control: the same rounds at beta = 0 under another seed.
+    At the quick scale BASH is expected to be undecided on every task, while RAC costs direct summaries a few points of
+    ROUGE-L: half of its rows teach a small model to correct, which a hundred updates do not reach. Control: the same rounds at beta = 0 under another seed.
     """
     jobs = [(name, seed, method) for name in preset.tasks for seed in preset.seeds for method in (BASE, *CONTINUATIONS)]
     for name, seed, method in track(jobs, "Fine-tuning on three families"):
