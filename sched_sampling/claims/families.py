@@ -78,7 +78,9 @@ def overall_improvement(preset: SamplingPreset) -> Evidence:
     valid items of one seed, other beta and temperatures. Nothing was chosen on test items.
 
     At the quick scale BASH is expected to be undecided on every task, while RAC costs direct summaries a few points of
-    ROUGE-L: half of its rows teach a small model to correct, which a hundred updates do not reach. Control: the same rounds at beta = 0 under another seed.
+    ROUGE-L: half of its rows teach a small model to correct, which a hundred updates do not reach.
+
+    Control: the same rounds at beta = 0 under another seed.
     """
     jobs = [(name, seed, method) for name in preset.tasks for seed in preset.seeds for method in (BASE, *CONTINUATIONS)]
     for name, seed, method in track(jobs, "Fine-tuning on three families"):
