@@ -75,7 +75,8 @@ def overall_improvement(preset: SamplingPreset) -> Evidence:
 
     All continue the same fine-tuned model on the same demonstrations; margin 0. Besides: BASH against SFT for as much CPU
     time (its steps depend on the machine) and against random tokens, RAC after one correction, sampled answers, and, on
-    valid items of one seed, other beta and temperatures. Nothing was chosen on test items.
+    valid items of one seed, other beta and temperatures. Sizes were chosen on valid items with SFT alone. The correction
+    prompt of the small models was changed once, on valid items, after corrected answers had come out badly on test items.
 
     At the quick scale BASH is expected to be undecided on every task, while RAC costs direct summaries a few points of
     ROUGE-L: half of its rows teach a small model to correct, which a hundred updates do not reach.
