@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata, util
@@ -28,6 +27,7 @@ from core.data import catalog, corpus
 from core.data.cache import build_once, digest, files_digest
 from core.errors import CheckpointError, InvalidInput, MissingExtra, unknown_name
 from core.llm.causal import CausalLM, load_local, without_bars
+from core.llm.modes import one_thread
 from core.progress import progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -176,7 +176,7 @@ def _train(partial: Path, recipe: Recipe, seed: int) -> None:
         )
         return model
 
-    with _one_thread():
+    with one_thread():
         try:
             model = train()
         except CheckpointError:
@@ -187,18 +187,6 @@ def _train(partial: Path, recipe: Recipe, seed: int) -> None:
         model.save_pretrained(partial)
     _load_tokenizer(_tokenizer_folder(recipe.vocabulary)).save_pretrained(partial)
     shutil.rmtree(checkpoints)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Sums in one order on every machine; and on a busy one, threads that wait for each other after each of these tiny
-    # operations have been measured to take fifty times as long.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _new_model(recipe: Recipe, seed: int) -> Any:

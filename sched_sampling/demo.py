@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +12,7 @@ from rich.text import Text
 from core.llm.examples import EncodedPair
 from core.llm.finetuning import Finetuning
 from core.llm.generation import Sampling, generate
+from core.llm.modes import one_thread
 from sched_sampling.baselines import SupervisedFineTuning
 from sched_sampling.bash import BatchScheduledSampling
 from sched_sampling.evaluation import recovery_rate
@@ -26,13 +26,8 @@ _FORCED_AT = 3
 
 def demo(console: Console) -> None:
     """Train a plain and a BASH model on counting, derail both, and print where they go."""
-    threads = torch.get_num_threads()
-    # Threads that wait for each other after every one of these tiny operations take ten times as long on a busy machine.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         _demo(console)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _demo(console: Console) -> None:

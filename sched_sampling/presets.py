@@ -27,8 +27,9 @@ class SamplingPreset(Preset):
     toy_temperature: float = 2.0
     # Besides `mixed`, in the table of claim 1.
     toy_proposals: tuple[str, ...] = ()
-    # Answers decoded under noise, for each of the sixteen prompts.
+    # Answers decoded under noise, for each of the sixteen prompts; more where a curve by position is to be told from noise.
     toy_draws: int = 64
+    law_draws: int = 192
     # Claim 2: running sums, where contexts with wrong tokens do harm.
     scratchpad_digits: int = 3
     scratchpad_pairs: int = 2000
@@ -40,7 +41,7 @@ class SamplingPreset(Preset):
     scratchpad_beta: float = 0.3
     # Claim 4: rows of the data set with two answers, and updates on it.
     bias_pairs: int = 4096
-    bias_steps: int = 120
+    bias_steps: int = 60
     # Claim 7: tokens of an answer, rows of a batch and updates of the timed runs.
     timing_length: int = 96
     timing_batch: int = 8

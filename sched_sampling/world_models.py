@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -29,6 +28,7 @@ from core.llm import examples
 from core.llm.causal import CausalLM, load_local, without_bars
 from core.llm.examples import IGNORED, EncodedPair, encode_pairs, supervised_row
 from core.llm.finetuning import Finetuning, finetune
+from core.llm.modes import one_thread
 from core.testbed import END_OF_TEXT
 from sched_sampling.tasks import world, world_items
 
@@ -105,7 +105,7 @@ def _train(partial: Path, recipe: Recipe, kind: str, level: int) -> None:
     tokenizer = _tokenizer([pair["prompt"] + pair["completion"] for pair in pairs[:4000]], recipe.vocabulary, kind)
     model = _new_model(recipe, tokenizer)
     rows = [_text_row(pair) for pair in encode_pairs(tokenizer, pairs)]
-    with _one_thread():
+    with one_thread():
         if recipe.fact_steps:
             facts = _facts(tokenizer)
             settings = Finetuning(
@@ -128,17 +128,6 @@ def _train(partial: Path, recipe: Recipe, kind: str, level: int) -> None:
     with without_bars():
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Sums in one order on every machine, and no threads that wait for each other after each of these tiny operations.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _tokenizer(texts: Sequence[str], vocabulary: int, kind: str) -> Any:

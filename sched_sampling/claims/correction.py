@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from core.experiment import Comparison, Control, Evidence, Verdict, claim, verdict
 from core.llm.examples import EncodedPair, supervised_row
 from core.llm.finetuning import Finetuning, finetune
+from core.llm.modes import one_thread
 from core.llm.scoring import Scored, score
 from core.plots import COLORS, figure
 from core.progress import track
@@ -96,7 +96,7 @@ def run(preset: SamplingPreset, seed: int) -> Run:
     """Train on parity with one seed: SFT, then RAC until it corrects held-out prompts, and SFT for as many updates."""
     pairs = _train_pairs(preset, seed)
     model = _model(preset, seed)
-    with _one_thread():
+    with one_thread():
         untrained = _judge(preset, model, seed + FRESH)
         begin = time.process_time()
         finetune(model, list(map(supervised_row, pairs)), _training(preset, preset.parity_base_steps), seed=seed)
@@ -171,17 +171,6 @@ def _judge(preset: SamplingPreset, model: Any, seed: int) -> Judged:
 
 def _seconds(reports: Sequence[RoundReport]) -> float:
     return sum(report.build_seconds + report.train_seconds for report in reports)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Several threads spend more time on meeting than on multiplying matrices of this size.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _runs(preset: SamplingPreset) -> dict[int, Run]:

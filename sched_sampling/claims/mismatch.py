@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from core.data import catalog
-from core.experiment import Comparison, Control, Evidence, claim
+from core.experiment import Control, Evidence, claim, verdict
 from core.llm.causal import CausalLM
 from core.llm.examples import EncodedPair
+from core.llm.modes import one_thread
 from core.plots import COLORS, figure
 from sched_sampling.claims.toy_runs import (
     BASH,
@@ -21,7 +24,6 @@ from sched_sampling.claims.toy_runs import (
     compared,
     counting_provenance,
     counting_run,
-    one_thread,
     ready,
 )
 from sched_sampling.evaluation import PositionCurves, noisy_accuracy, position_curves
@@ -48,7 +50,8 @@ def mistakes_compound_as_two_states_say(preset: SamplingPreset) -> Evidence:
     that always comes back, so that nothing compounds.
     """
     ready(preset, (SFT, LONGER, BASH), "Learning to count")
-    rows, curves = [], {}
+    rows: list[tuple[Any, ...]] = []
+    curves = {}
     with one_thread():
         for seed in preset.seeds:
             for name in (SFT, BASH):
@@ -56,12 +59,12 @@ def mistakes_compound_as_two_states_say(preset: SamplingPreset) -> Evidence:
                 curves[name, seed] = measured, predicted
                 rows.append((seed, name, *rates, _r2(measured, predicted), _r2(measured, memoryless)))
     columns = ["seed", "method", "slips", "comes back", "R²", "R² without compounding"]
-    table = pd.DataFrame(rows, columns=columns)
-    of_sft = {row[0]: dict(zip(columns, row, strict=True)) for row in rows if row[1] == SFT}
+    of_sft = [dict(zip(columns, row, strict=True)) for row in rows if row[1] == SFT]
     fit, null = (
-        _fit(preset, {seed: float(row[column]) for seed, row in of_sft.items()}, column) for column in columns[-2:]
+        verdict([row[column] for row in of_sft], FIT, label=label, unit="R²")
+        for column, label in (("R²", "two states"), ("R² without compounding", "one state"))
     )
-    explained = [row["R²"] for row in of_sft.values()]
+    explained = [row["R²"] for row in of_sft]
     plot, axes = figure()
     positions = np.arange(1, LENGTH + 1)
     for color, name in zip(COLORS, (SFT, BASH), strict=False):
@@ -75,7 +78,10 @@ def mistakes_compound_as_two_states_say(preset: SamplingPreset) -> Evidence:
         headline=f"R² {min(explained):.3f} to {max(explained):.3f} over {LENGTH} positions; accuracy falls to "
         f"{np.mean([curves[SFT, seed][0][-1] for seed in preset.seeds]):.2f} at the last, with BASH to "
         f"{np.mean([curves[BASH, seed][0][-1] for seed in preset.seeds]):.2f}",
-        table=table.drop(columns="seed").groupby("method", sort=False, as_index=False).mean(),
+        table=pd.DataFrame(rows, columns=columns)
+        .drop(columns="seed")
+        .groupby("method", sort=False, as_index=False)
+        .mean(),
         comparisons=(fit,),
         control=Control.of("A model that always comes back at once.", null),
         figures={"Accuracy under noise by position, mean over seeds": plot},
@@ -84,17 +90,13 @@ def mistakes_compound_as_two_states_say(preset: SamplingPreset) -> Evidence:
     )
 
 
-def _fit(preset: SamplingPreset, values: dict[int, float], label: str) -> Comparison:
-    return compared(preset, lambda seed: values[seed], margin=FIT, label=label, unit="R²")
-
-
 def _law(
     preset: SamplingPreset, seed: int, name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], tuple[float, float]]:
     """Measured accuracy by position, the law's, that without compounding, and the two rates."""
     model, pairs = counting_run(preset, seed, name).model, all_counts()
     rates, test = (
-        noisy_accuracy(model, pairs, rate=NOISE, draws=preset.toy_draws, seed=each)
+        noisy_accuracy(model, pairs, rate=NOISE, draws=preset.law_draws, seed=each)
         for each in (seed + OTHER_DRAW, seed)
     )
     slips, returns = rates.slips or 0.0, rates.returns or 0.0

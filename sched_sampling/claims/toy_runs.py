@@ -6,18 +6,17 @@ All runs of a seed continue one base with as many updates on as many target toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from core.experiment import Comparison, verdict
 from core.llm.examples import EncodedPair
 from core.llm.finetuning import Finetuning
+from core.llm.modes import one_thread
 from core.progress import track
 from sched_sampling.baselines import OnlineScheduledSampling, RandomTokenReplacement, SupervisedFineTuning
 from sched_sampling.bash import BatchScheduledSampling
@@ -135,17 +134,6 @@ def counting_provenance(preset: SamplingPreset) -> str:
         f"{preset.toy_rounds} x {preset.toy_round_steps} updates of {preset.toy_batch} rows; beta to {preset.toy_beta}, own "
         f"tokens at temperature {preset.toy_temperature}"
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for the `with` block: a second only slows operations this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _method(name: str, rounds: int, training: Finetuning, beta: float, temperature: float) -> Method:
