@@ -39,13 +39,12 @@ class SamplingPreset(Preset):
     scratchpad_rounds: int = 3
     scratchpad_round_steps: int = 40
     scratchpad_beta: float = 0.3
-    # Claim 4: rows of the data set with two answers, and updates on it.
-    bias_pairs: int = 4096
-    bias_steps: int = 60
+    # Claim 4: rows of a data set with two answers.
+    bias_pairs: int = 8192
     # Claim 7: tokens of an answer, rows of a batch and updates of the timed runs.
     timing_length: int = 96
     timing_batch: int = 8
-    timing_steps: int = 20
+    timing_steps: int = 12
     # Claim 8: draws of a model, a mixing probability, a temperature and masks.
     sampler_draws: int = 20
     # Claim 12: open text, cut into prompts and answers of so many tokens.
@@ -105,12 +104,6 @@ QUICK = SamplingPreset(name="quick")
 # exposure. What fits into forty CPU-minutes shows that the experiment runs on real text, not what comes out of it.
 REAL = SamplingPreset(
     name="real",
-    toy_proposals=("gold", "rollout"),
-    scratchpad_digits=6,
-    scratchpad_batch=64,
-    scratchpad_base_steps=900,
-    scratchpad_rounds=6,
-    scratchpad_round_steps=150,
     text_model="pretrained:smollm2-135m",
     text=("wikitext2_small", "test"),
     text_pairs=16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from core.llm.finetuning import Finetuning
 from core.llm.modes import one_thread
 from core.plots import COLORS, figure
 from core.progress import track
-from sched_sampling.baselines import OnlineScheduledSampling, SupervisedFineTuning
-from sched_sampling.bash import BatchScheduledSampling
+from sched_sampling.baselines import OnlineScheduledSampling
+from sched_sampling.bash import BatchScheduledSampling, bash_dataset
 from sched_sampling.claims.toy_runs import (
     BASH,
+    LENGTH,
     LONGER,
     MODULUS,
     ONLINE,
@@ -34,7 +36,6 @@ from sched_sampling.claims.toy_runs import (
     counting_scores,
     ready,
 )
-from sched_sampling.forced import predict
 from sched_sampling.mixing import Mixing, mix
 from sched_sampling.presets import SamplingPreset
 from sched_sampling.rounds import Method
@@ -44,11 +45,11 @@ from sched_sampling.toys import counting, tiny_gpt
 
 A, B, C, D, PROMPT = range(5)
 BETAS = (0.0, 0.1, 0.3, 0.5, 1.0)
-# The share of answers AB, a seed each in turn.
-SHARES = (0.5, 0.7, 0.35, 0.6, 0.8)
+# The share of answers AB and the proposal's P(A), a seed each in turn.
+SHARES = ((0.5, 0.5), (0.6, 0.6), (0.35, 0.5), (0.65, 0.4), (0.45, 0.7))
 BIAS = 0.02
 SPEED = 3.0
-# Two implementations of the reference put the same run at 0.62 to 0.97: less than this is the same recovery.
+# Two implementations of the reference put the same run at 0.62 to 0.97: what differs by less is of one class.
 SAME = 0.2
 
 
@@ -60,18 +61,16 @@ SAME = 0.2
     time_limit=1800,
 )
 def bash_is_biased_as_the_formula_says(preset: SamplingPreset) -> Evidence:
-    """Answers AB (share p) and CD: P(B|A) and P(B|C) of a table after BASH against the population optimum, at five betas.
+    """Answers AB (share p) and CD, and a proposal whose P(A) is q: BASH's data set is built at five betas, and P(B|A) and
+    P(B|C) of the table (next token given the last) that minimises its loss are compared with the population optimum.
 
-    The table (next token given the last) first learns the answers; q is then its P(A), and one round follows at beta. 0.02
-    minus the largest error of a seed, margin 0; p differs between seeds. Control: the formula of teacher forcing,
-    P(B|A) = 1 and P(B|C) = 0.
+    That table is the share of targets behind each token, so that nothing is left to training. 0.02 minus the largest error of
+    a seed, margin 0; p and q differ between seeds. Control: the formula of teacher forcing, P(B|A) = 1 and P(B|C) = 0.
     """
     rows: list[_Conditional] = []
     with one_thread():
-        for seed, share in track(
-            list(zip(preset.seeds, _cycled(len(preset.seeds)), strict=True)), "Learning two answers"
-        ):
-            rows += _bias_rows(preset, seed, share)
+        for number, seed in enumerate(track(preset.seeds, "Mixing two answers")):
+            rows += _bias_rows(preset, seed, *SHARES[number % len(SHARES)])
     errors, naive = (dict.fromkeys(preset.seeds, 0.0) for _ in range(2))
     for row in rows:
         errors[row.seed] = max(errors[row.seed], abs(row.learned - row.optimum))
@@ -104,13 +103,13 @@ def bash_is_biased_as_the_formula_says(preset: SamplingPreset) -> Evidence:
         control=Control.of("Teacher forcing's conditionals, 1 and 0.", null),
         figures={"Conditionals of all seeds and betas against the formula": plot},
         seeds=preset.seeds,
-        provenance=(f"{preset.bias_pairs} rows a seed, {preset.bias_steps} updates at each beta",),
+        provenance=(f"{preset.bias_pairs} rows a seed and beta",),
     )
 
 
 @dataclass(frozen=True)
 class _Conditional:
-    """P(B | given) after BASH at `beta`, with what the formula and what teacher forcing says."""
+    """P(B | given) from BASH's data at `beta`, and what the formula and teacher forcing say."""
 
     seed: int
     p: float
@@ -122,38 +121,34 @@ class _Conditional:
     unbiased: float
 
 
-def _cycled(num: int) -> list[float]:
-    return [SHARES[i % len(SHARES)] for i in range(num)]
-
-
-def _bias_rows(preset: SamplingPreset, seed: int, share: float) -> list[_Conditional]:
-    first = round(share * preset.bias_pairs)
+def _bias_rows(preset: SamplingPreset, seed: int, p: float, q: float) -> list[_Conditional]:
+    first = round(p * preset.bias_pairs)
     pairs = [EncodedPair((PROMPT,), (A, B) if i < first else (C, D)) for i in range(preset.bias_pairs)]
-    training = Finetuning(num_steps=preset.bias_steps, batch_size=256, learning_rate=0.1, max_grad_norm=None)
-    base = _Table(5)
-    SupervisedFineTuning(rounds=1, training=training).fit(base, None, pairs, seed=seed)
-    q = float(_second(base, ())[A])
+    proposal = _Table(5, {(PROMPT, A): q, (PROMPT, C): 1 - q})
     rows = []
     for beta in BETAS:
-        model = copy.deepcopy(base)
-        method = BatchScheduledSampling(rounds=1, schedule=constant(beta), training=training)
-        method.fit(model, None, pairs, seed=seed)
-        optimum = bash_optimum(share, q, beta)
+        counts = np.zeros((5, 5))
+        for row in bash_dataset(proposal, None, pairs, beta, seed=seed):
+            counts[row["input_ids"][1], row["labels"][2]] += 1
+        optimum = bash_optimum(p, q, beta)
         for name, token, expected, unbiased in (("A", A, optimum.b_given_a, 1.0), ("C", C, optimum.b_given_c, 0.0)):
-            learned = float(_second(model, (token,))[B])
+            learned = counts[token, B] / counts[token].sum()
             # Both first tokens occur, whatever beta is.
-            rows.append(_Conditional(seed, share, q, beta, name, float(expected or 0), learned, unbiased))
+            rows.append(_Conditional(seed, p, q, beta, name, float(expected or 0), float(learned), unbiased))
     return rows
 
 
 class _Table(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """The logits of the next token for every last token: a model that can be exactly what the formula says."""
+    """Probabilities of the next token given the last; those that are not given are 0 as nearly as matters."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, probabilities: Mapping[tuple[int, int], float]) -> None:
         config: Any = PreTrainedConfig()
         config.vocab_size = vocabulary
         super().__init__(config)
-        self.table = torch.nn.Parameter(torch.zeros(vocabulary, vocabulary))
+        table = torch.full((vocabulary, vocabulary), -40.0)
+        for place, value in probabilities.items():
+            table[place] = math.log(value)
+        self.table = torch.nn.Parameter(table)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Any = None, past_key_values: Any = None, use_cache: bool = False
@@ -162,18 +157,12 @@ class _Table(PreTrainedModel):  # type: ignore[no-untyped-call]
         return CausalLMOutputWithPast(logits=self.table[input_ids], past_key_values=past_key_values or DynamicCache())
 
 
-def _second(model: Any, context: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The probabilities of the token behind the prompt and `context`."""
-    (found,) = predict(model, [(PROMPT,)], [(*context, A)], lambda _, logits: logits[-1].double().softmax(-1).numpy())
-    return np.asarray(found)
-
-
 @claim(
     "sched_sampling",
     7,
     kind="measured",
     exclusive=True,
-    statement="Offline mixing recovers as well as online scheduled sampling, in a third of the time or less.",
+    statement="Offline mixing recovers nearly as well as online scheduled sampling, in a third of the time or less.",
     time_limit=3600,
 )
 def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
@@ -202,13 +191,13 @@ def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
     same, not_same = no_worse(BASH), no_worse(LONGER)
     settings = {
         "long answers": (preset.timing_length, preset.timing_batch, preset.timing_steps),
-        "counting": (12, preset.toy_batch, preset.toy_round_steps),
+        "counting": (LENGTH, preset.toy_batch, 2 * preset.timing_steps),
     }
     seconds: dict[tuple[str, str], list[float]] = {}
     with one_thread():
         for seed in track(preset.seeds, "Timing rounds"):
             for setting, sizes in settings.items():
-                for method, time_taken in _round_times(*sizes, seed=seed).items():
+                for method, time_taken in _round_times(*sizes, seed=seed, again=setting == "long answers").items():
                     seconds.setdefault((setting, method), []).append(time_taken)
     logs = {place: np.log(times) for place, times in seconds.items()}
     unit = "log of the ratio of CPU times"
@@ -240,7 +229,8 @@ def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
         seeds=preset.seeds,
         provenance=(
             counting_provenance(preset),
-            f"Timed: {preset.timing_steps} updates of {preset.timing_batch} rows, one thread, CPU time",
+            f"Timed: {preset.timing_steps} updates of {preset.timing_batch} rows (counting to 12: {2 * preset.timing_steps} of "
+            f"{preset.toy_batch}), one thread, CPU time",
         ),
     )
 
@@ -248,7 +238,7 @@ def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
 _OFFLINE, _TOKENS, _PARALLEL, _AGAIN = "BASH", "online, token by token", "online, our parallel sampler", "again"
 
 
-def _round_times(length: int, batch: int, steps: int, *, seed: int) -> dict[str, float]:
+def _round_times(length: int, batch: int, steps: int, *, seed: int, again: bool) -> dict[str, float]:
     """CPU seconds of a round of every method, from one model that has begun to count."""
     pairs = counting(max(1, round(steps * batch / 6.25)), length=length, modulus=MODULUS, seed=seed)
     training = Finetuning(num_steps=steps, batch_size=batch, learning_rate=1e-3)
@@ -263,7 +253,7 @@ def _round_times(length: int, batch: int, steps: int, *, seed: int) -> dict[str,
             rounds=1, schedule=constant(0.25), training=training, mixing=Mixing(temperature=2.0)
         )
     }
-    for name, engine in ((_TOKENS, "sequential"), (_PARALLEL, "auto"), (_AGAIN, "sequential")):
+    for name, engine in ((_TOKENS, "sequential"), (_PARALLEL, "auto"), *(((_AGAIN, "sequential"),) if again else ())):
         methods[name] = OnlineScheduledSampling(
             rounds=1, schedule=constant(0.25), training=training, mixing=Mixing(temperature=2.0, engine=engine)
         )
