@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from core.llm.causal import CausalLM
+    from core.llm.finetuning import Finetuning
     from sched_sampling.rounds import Method
     from sched_sampling.tasks import Task
 
@@ -78,7 +80,7 @@ def mix(
             lm.model,
             lm.tokenizer,
             pairs,
-            template=_template(lm),
+            template=_template(lm, pairs[0]["prompt"]),
             chat=chat,
             temperature=temperature,
             seed=seed,
@@ -117,8 +119,13 @@ def mix(
     _say(f"Next: python -m sched_sampling train {model} folder:{output} --output tuned")
 
 
+# What a data set that `mix` wrote has decided already.
+_DECIDED = ("method", "rounds", "beta", "temperature", "proposal", "direct_share", "folds", "rows")
+
+
 @app.command()
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[str, typer.Argument(help=f"{DATA_HELP} Or `folder:DIR` that `mix` wrote, with this model.")],
     output: Annotated[Path, typer.Option(help="A folder for the trained model, its tokenizer and report.json.")],
@@ -131,6 +138,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of each round.")] = 2e-5,
     beta: Annotated[float, typer.Option(help="Mixing probability of the last round; the first has 0.")] = 0.3,
     temperature: Annotated[float, typer.Option(help="Of the model's own tokens.")] = 1.0,
+    proposal: Annotated[str, typer.Option(help="bash: mixed, gold or rollout.")] = "mixed",
+    direct_share: Annotated[float, typer.Option(help="rac: share of the rows that are not corrections.")] = 0.5,
+    folds: Annotated[int, typer.Option(help="rac: draft with models that have not seen the answer, one a fold.")] = 1,
     lora: Annotated[
         int | None, typer.Option(help="Train LoRA adapters of this rank, and merge them at the end.")
     ] = None,
@@ -155,10 +165,25 @@ def train(
     )
     folder = Path(data.removeprefix("folder:")).expanduser()
     made = is_built(folder)
+    if made:
+        for name in _DECIDED:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise InvalidInput(
+                    f"{data} is a data set that is trained on as it is; leave out --{name.replace('_', '-')}."
+                )
+    pairs = [] if made else _pairs(data, rows, seed)
+    options: dict[str, Any] = {
+        "beta": beta,
+        "temperature": temperature,
+        "proposal": proposal,
+        "direct_share": direct_share,
+        "folds": folds,
+    }
+    chosen = None if made else make_method(method, rounds, training, **options)
     lm = _load(model, device)
-    chosen = None
-    if not made:
-        chosen = make_method(method, rounds, training, beta=beta, temperature=temperature, template=_template(lm))
+    if method == "rac" and chosen is not None:
+        chosen = replace(chosen, template=_template(lm, pairs[0]["prompt"]))  # type: ignore[call-arg]
     expected = {"model": model_digest(lm.model), "tokenizer": tokenizer_digest(lm.tokenizer)} if made else {}
     tuned = lm.model if lora is None else add_lora(lm.model, rank=lora, seed=seed)
     reports: list[Mapping[str, Any]] = []
@@ -169,7 +194,7 @@ def train(
         )
         reports = [{"round": 0, "loss": history.train[-1]["loss"]}]
     else:
-        found = chosen.fit(tuned, lm.tokenizer, _pairs(data, rows, seed), seed=seed, output_dir=output / "rounds")
+        found = chosen.fit(tuned, lm.tokenizer, pairs, seed=seed, output_dir=output / "rounds")
         reports = [
             {
                 "round": report.round,
@@ -222,7 +247,7 @@ def correct(
         [item.prompt for item in items],
         corrections,
         max_new_tokens=max_new_tokens or task.max_new_tokens,
-        template=_template(lm),
+        template=_template(lm, items[0].prompt),
         temperature=temperature,
         seed=seed,
     )
@@ -268,7 +293,7 @@ def evaluate(
             [item.prompt for item in items],
             corrections,
             max_new_tokens=task.max_new_tokens,
-            template=_template(lm),
+            template=_template(lm, items[0].prompt),
             temperature=temperature,
             seed=seed,
         )
@@ -325,14 +350,18 @@ def bias(
         long = [pair for pair in pairs if len(pair.target_ids) >= 4]
         if not long:
             raise InvalidInput(f"Every answer of {data} has fewer than four tokens: nothing to recover in.")
-        gap = exposure_gap(lm.model, pairs, temperature=temperature, seed=seed)
-        curves[spec] = position_curves(lm.model, pairs, temperature=temperature, seed=seed)
+        gap = exposure_gap(lm.model, pairs, temperature=temperature, tokenizer=lm.tokenizer, seed=seed)
+        curves[spec] = position_curves(lm.model, pairs, temperature=temperature, tokenizer=lm.tokenizer, seed=seed)
         table.append(
             {
                 "model": spec,
                 "exposure gap (nats a token)": gap.value,
-                "recovery rate": recovery_rate(lm.model, long, positions=positions, seed=seed).value,
-                "noisy-decoding accuracy": noisy_accuracy(lm.model, pairs, draws=2, seed=seed).value,
+                "recovery rate": recovery_rate(
+                    lm.model, long, positions=positions, tokenizer=lm.tokenizer, seed=seed
+                ).value,
+                "noisy-decoding accuracy": noisy_accuracy(
+                    lm.model, pairs, draws=2, tokenizer=lm.tokenizer, seed=seed
+                ).value,
             }
         )
     save(bias_curves(curves), output / "curves.svg")
@@ -343,9 +372,19 @@ def bias(
 
 
 def make_method(
-    name: str, rounds: int, training: Any, *, beta: float = 0.3, temperature: float = 1.0, template: Any = None
+    name: str,
+    rounds: int,
+    training: Finetuning,
+    *,
+    beta: float = 0.3,
+    temperature: float = 1.0,
+    proposal: str = "mixed",
+    direct_share: float = 0.5,
+    folds: int = 1,
 ) -> Method:
-    """The method of this name, with its own defaults but for what is given."""
+    """The method of this name; beta grows from 0 in equal steps. SPIN is trained with RMSprop, as published."""
+    import torch
+
     from core.errors import unknown_name
     from sched_sampling import baselines as b
     from sched_sampling.bash import BatchScheduledSampling
@@ -355,19 +394,19 @@ def make_method(
     from sched_sampling.schedule import linear
 
     common: dict[str, Any] = {"rounds": rounds, "training": training}
+    grows, drafting = linear(0, beta), Drafting(temperature=temperature)
+    mixing = Mixing(proposal=proposal, temperature=temperature)
     makers: Mapping[str, Any] = {
-        "bash": lambda: BatchScheduledSampling(
-            schedule=linear(0, beta), mixing=Mixing(temperature=temperature), **common
-        ),
-        "rac": lambda: ReferenceAnswerCorrection(
-            drafting=Drafting(temperature=temperature), template=template, **common
-        ),
+        "bash": lambda: BatchScheduledSampling(schedule=grows, mixing=mixing, **common),
+        "rac": lambda: ReferenceAnswerCorrection(drafting=drafting, direct_share=direct_share, folds=folds, **common),
         "sft": lambda: b.SupervisedFineTuning(**common),
-        "random": lambda: b.RandomTokenReplacement(schedule=linear(0, beta), **common),
-        "online": lambda: b.OnlineScheduledSampling(schedule=linear(0, beta), **common),
-        "two-pass": lambda: b.TwoPassScheduledSampling(schedule=linear(0, beta), **common),
+        "random": lambda: b.RandomTokenReplacement(schedule=grows, **common),
+        "online": lambda: b.OnlineScheduledSampling(schedule=grows, mixing=mixing, **common),
+        "two-pass": lambda: b.TwoPassScheduledSampling(schedule=grows, **common),
         "neftune": lambda: b.NEFTune(**common),
-        "spin": lambda: b.SPIN(**common),
+        "spin": lambda: b.SPIN(
+            drafting=drafting, rounds=rounds, training=replace(training, optimizer=torch.optim.RMSprop)
+        ),
     }
     if name not in makers:
         raise unknown_name("method", name, makers)
@@ -387,13 +426,11 @@ def _load(model: str, device: str | None) -> CausalLM:
     return lm
 
 
-def _template(lm: CausalLM) -> Any:
+def _template(lm: CausalLM, prompt: Any) -> Any:
     """How this model's answers are corrected: the small Llamas have a token for it, others get a text or a turn."""
-    from sched_sampling.templates import TokenTemplate
-    from sched_sampling.world_models import CORRECTION
+    from sched_sampling.world_models import correction_template
 
-    vocabulary = lm.tokenizer.get_vocab()
-    return TokenTemplate(separator_ids=(vocabulary[CORRECTION],)) if CORRECTION in vocabulary else None
+    return correction_template(lm.tokenizer, prompt) if isinstance(prompt, str) else None
 
 
 def _pairs(data: str, rows: int | None, seed: int) -> list[dict[str, Any]]:

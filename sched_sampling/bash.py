@@ -87,12 +87,12 @@ def bash_dataset(
         )
         return [mixed_row(pair, row, number) for pair, row, number in zip(part, mixed, numbers, strict=True)]
 
-    del settings["engine"]
     stamp = {
         "kind": "bash",
         "beta": beta if isinstance(beta, (int, float)) else list(beta),
         "seed": seed,
-        **settings,
+        # Every engine gives the same tokens.
+        **{name: value for name, value in settings.items() if name != "engine"},
         "protected_ids": sorted(protected),
         "model": model_digest(model),
         "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),

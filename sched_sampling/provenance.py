@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,16 @@ from core.data.cache import digest
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair
 
+_NOT_COMPUTED = ("transformers_version", "architectures", "use_cache", "dtype")
+
 
 def model_digest(model: Any) -> str:
     """The sha256 (first 16 hex digits) of a model's weights and of what its configuration says about computing."""
     total = hashlib.sha256()
+    config = model.config.to_dict()
+    # Where a model lies and which library saved it is not what it computes.
+    said = {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_COMPUTED}
+    total.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
@@ -44,7 +51,7 @@ def ids_digest(rows: Sequence[Sequence[int]]) -> str:
 
 
 def describe_method(method: Any) -> dict[str, Any]:
-    """A method's class and settings as JSON values; functions by the beta they give."""
+    """A method's class and settings as JSON values; a function by its name, its defaults and what it encloses."""
     return {"name": type(method).__name__, **{f.name: _plain(getattr(method, f.name)) for f in fields(method)}}
 
 
@@ -55,8 +62,13 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
     if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
+        code = getattr(value, "__code__", None)
+        inside = [] if code is None else [code.co_code.hex(), _plain(code.co_consts)]
+        enclosed = [_plain(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
+        return [f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}", *inside, *enclosed]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

@@ -23,7 +23,7 @@ from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
 from sched_sampling.crossfit import Split, drafting_model, split
 from sched_sampling.drafting import Drafting, check_room, draft_with_chat, draft_with_model, places_of
-from sched_sampling.provenance import model_digest, pairs_digest, tokenizer_digest
+from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, RoundReport, Rows, context_length
 from sched_sampling.storage import build_dataset
 from sched_sampling.templates import Draft, Prompt, Template, chosen_template, is_conversation
@@ -119,13 +119,17 @@ def rac_dataset(
                 rows.append({**supervised_row(pair), **row})
         return rows
 
+    drafted_by: Any = "own" if chat is None else dict(chat.source)
+    if drafts is not None:
+        drafted_by = ids_digest([[int(draft.ended), *draft.token_ids] for draft in drafts])
     stamp = {
         "kind": "rac",
         "direct_share": direct_share,
         "drop_unended": drop_unended,
         "template": str(template),
         "seed": seed,
-        "drafts": "given" if drafts is not None else dict(chat.source) if chat is not None else "own",
+        "drafts": drafted_by,
+        "row_ids": ids_digest([names]),
         **{name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")},
         "max_new_tokens": max_new_tokens,
         "model": model_digest(model),

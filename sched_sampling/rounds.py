@@ -24,6 +24,7 @@ from core.files import sole_writer, write_atomic
 from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, collate, encode_pairs
 from core.llm.finetuning import Finetuning, completion_loss, finetune
+from core.llm.modes import in_mode
 from core.training import History
 from core.training.loop import Event, Hook
 from sched_sampling.processes import processes
@@ -192,10 +193,8 @@ class Method(ABC):
                 description=f"Round {job.round + 1} of {job.rounds}",
             )
         end = time.process_time()
-        was_training = job.model.training
-        job.model.eval()
-        scores = {} if evaluate is None else {name: float(value) for name, value in evaluate(job.round).items()}
-        job.model.train(was_training)
+        with in_mode(job.model, training=False):
+            scores = {} if evaluate is None else {name: float(value) for name, value in evaluate(job.round).items()}
         report = {name: float(value) for name, value in built.report.items()}
         return RoundReport(job.round, report, history, scores, middle - begin, end - middle)
 

@@ -24,7 +24,8 @@ class Schedule:
 
     def __call__(self, step: int, total: int) -> float:
         """Beta at `step` of `total`."""
-        return self._function(step, total)
+        # Rounding may leave the unit interval by a bit.
+        return min(1.0, max(0.0, self._function(step, total)))
 
 
 def constant(beta: float) -> Schedule:

@@ -161,12 +161,13 @@ class ChatTemplate(Template):
 
 @dataclass(frozen=True)
 class TokenTemplate(Template):
-    """For tasks on token ids, without a tokenizer: the prompt, the draft, `separator_ids`, then the answer.
+    """For tasks on token ids, without a tokenizer: the prompt, the draft, `separator_ids`, `request_ids`, then the answer.
 
-    Separators and `end_ids` that a draft holds are left out of it.
+    Separators and `end_ids` that a draft holds are left out of it; the tokens of the request are ordinary ones.
     """
 
     separator_ids: tuple[int, ...]
+    request_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -175,8 +176,8 @@ class TokenTemplate(Template):
             raise InvalidInput("A correction prompt needs a separator, or it is the prompt with an answer begun.")
 
     def frame(self, tokenizer: Any, prompt: Prompt) -> Frame:
-        """The prompt, and the separators."""
-        return Frame(prompt_ids(tokenizer, prompt), self.separator_ids)
+        """The prompt, and the separators with the request."""
+        return Frame(prompt_ids(tokenizer, prompt), (*self.separator_ids, *self.request_ids))
 
     def control(self, tokenizer: Any) -> Collection[int]:
         """Separators and ends."""

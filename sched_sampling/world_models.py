@@ -3,7 +3,7 @@
     lm = world_llama("world:sums:1")          # a `CausalLM` of 0.2 M parameters; deepcopy its model before training it
 
 A fine-tuning method starts from a pretrained model. These have read other draws of their own task, whole, for just so long
-that supervised fine-tuning on a thousand demonstrations ends at 40 to 80 % of the task's headline score.
+that supervised fine-tuning on some hundred demonstrations ends at 40 to 80 % of the task's headline score.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from core.llm.finetuning import Finetuning, finetune
 from core.llm.modes import one_thread
 from core.testbed import END_OF_TEXT
 from sched_sampling.tasks import world, world_items
+from sched_sampling.templates import TokenTemplate
 
 # Stands between a draft and its correction; no text of the world has it.
 CORRECTION = "<|correction|>"
@@ -90,6 +91,21 @@ def world_llama(name: str, *, recipe: Recipe | None = None) -> CausalLM:
         *load_local(folder, torch.float32),
         provenance=f"a Llama of {recipe.num_layers} layers of {recipe.hidden_size}, trained here on texts of the train "
         f"split of {name}{with_calculations} for {recipe.num_steps} steps, key {key}",
+    )
+
+
+def correction_template(tokenizer: Any, prompt: str) -> TokenTemplate | None:
+    """How answers to prompts like this one are corrected: a token, and the prompt's last line once more ("Answer:").
+
+    None for a tokenizer without the token, whose model reads words. Without the last line a corrected answer of the sums
+    was right 4 times in 100 instead of 23 (valid, one seed).
+    """
+    vocabulary = tokenizer.get_vocab()
+    if CORRECTION not in vocabulary:
+        return None
+    _, _, asked = prompt.rpartition("\n")
+    return TokenTemplate(
+        separator_ids=(vocabulary[CORRECTION],), request_ids=tuple(tokenizer(f"\n{asked}")["input_ids"])
     )
 
 
@@ -153,7 +169,12 @@ def _tokenizer(texts: Sequence[str], vocabulary: int, kind: str) -> Any:
     )
     backend.train_from_iterator([*texts, *([numbers] * len(texts) if kind == "sums" else [])], trainer)
     wrapper: Any = transformers.PreTrainedTokenizerFast
-    return wrapper(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    return wrapper(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        additional_special_tokens=[CORRECTION],
+    )
 
 
 def _new_model(recipe: Recipe, tokenizer: Any) -> Any:

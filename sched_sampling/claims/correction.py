@@ -224,8 +224,10 @@ def correction_is_learned(preset: SamplingPreset) -> Evidence:
     ended = [len(found.rounds) - 1 for found in runs.values() if found.switched]
     after = [found.rac.scores["corrected right"] for found in runs.values()]
     before = [found.rac.scores["drafts right"] for found in runs.values()]
+    # With no seed that switched all gains are the same zero, which is a failure and no lack of data.
+    parts = [comparison.verdict for comparison in comparisons] if ended else [Verdict.FAILS]
     return Evidence(
-        verdict=Verdict.all_of(comparison.verdict for comparison in comparisons),
+        verdict=Verdict.all_of(parts),
         headline=f"{np.mean(before):.0%} of drafts are right, {np.mean(after):.1%} after one correction (lowest seed "
         f"{min(after):.1%}); {len(ended)} of {len(runs)} seeds reached {preset.parity_switched:.0%}"
         + (f", in rounds {', '.join(map(str, ended))}" if ended else ""),

@@ -33,6 +33,11 @@ def test_linear_reaches_its_ends_and_begins_at_its_start_when_there_is_one_round
     assert linear(0.1, 0.3)(0, 1) == 0.1
 
 
+def test_rounding_does_not_leave_the_unit_interval():
+    # 0.1 + 0.9 * 13 / 13 is more than 1 in floating point.
+    assert linear(0.1, 1.0)(13, 14) == 1.0
+
+
 def test_bengios_three_decays_have_their_formulas():
     for i in (0, 1, 5, 40):
         assert 1 - linear_decay(0.9, 0.02, 0.25)(i, 99) == pytest.approx(max(0.25, 0.9 - 0.02 * i))
