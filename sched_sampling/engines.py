@@ -123,7 +123,7 @@ def from_gold(model: Any, batch: Batch, proposal: Proposal) -> None:
     if not len(where):
         return
     wanted, place = torch.unique(columns, return_inverse=True)
-    logits, _ = _forward(model, batch.ids[:, : wanted[-1]], wanted - 1)
+    logits, _ = _forward(model, batch.ids[:, : wanted[-1]], wanted - 1, keep=False)
     batch.ids[where, columns] = batch.draw(proposal, logits[where, place], where, columns)
     batch.open[:] = False
     batch.passes += 1
@@ -147,7 +147,7 @@ def parallel(
         where, columns = open_AL[:, :end].nonzero(as_tuple=True)
         wanted, place = torch.unique(columns, return_inverse=True)
         last = int(wanted[-1])
-        logits, cache = _forward(model, batch.ids[active, done:last], wanted - 1 - done, cache, done)
+        logits, cache = _forward(model, batch.ids[active, :last], wanted - 1, cache, done)
         rows = active[where]
         drawn = batch.draw(proposal, logits[where, place], rows, columns)
         changed = drawn != batch.ids[rows, columns]
@@ -179,33 +179,50 @@ def sequential(model: Any, batch: Batch, proposal: Proposal) -> None:
     At a mixing probability beta a batch of B rows skips a step with probability (1 - beta)^B only.
     """
     active = batch.open.any(dim=1).nonzero()[:, 0]
-    cache, done = None, 0  # columns before `done` are in the cache
+    cache: Any = None
+    done = 0  # columns before `done` are in the cache
     for column in batch.open.any(dim=0).nonzero()[:, 0].tolist():
         kept = batch.open[active, column:].any(dim=1)
-        if cache is not None and 2 * int(kept.sum()) <= len(active):
+        if 2 * int(kept.sum()) <= len(active) and _croppable(cache):
             cache.batch_select_indices(kept.nonzero()[:, 0])
             active = active[kept]
-        last = torch.tensor([column - 1 - done], device=active.device)
-        logits, cache = _forward(model, batch.ids[active, done:column], last, cache, done)
+        last = torch.tensor([column - 1], device=active.device)
+        logits, cache = _forward(model, batch.ids[active, :column], last, cache, done)
         where = batch.open[active, column].nonzero()[:, 0]
         rows = active[where]
         batch.ids[rows, column] = batch.draw(proposal, logits[where, 0], rows, torch.full_like(rows, column))
         batch.passes[active] += 1
-        done = column
+        done = 0 if cache is None else column
     batch.open[:] = False
 
 
 def _forward(
-    model: Any, ids: Int[Tensor, "B L"], wanted: Int[Tensor, " K"], cache: Any = None, done: int = 0
+    model: Any,
+    ids: Int[Tensor, "B L"],
+    wanted: Int[Tensor, " K"],
+    cache: Any = None,
+    done: int = 0,
+    *,
+    keep: bool = True,
 ) -> tuple[Float[Tensor, "B K V"], Any]:
-    """The logits behind the columns `wanted` of `ids`, which follow `done` columns in the cache; and the cache."""
-    options = {"logits_to_keep": wanted} if accepts(model, "logits_to_keep") else {}
-    # Ones everywhere: nothing is hidden, and models that count positions by the mask count right.
-    mask = torch.ones(len(ids), done + ids.shape[1], dtype=torch.long, device=ids.device)
-    output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-    return output.logits if options else output.logits[:, wanted], output.past_key_values
+    """The logits behind the columns `wanted` of `ids`, of which the first `done` are in the cache; and the new cache.
+
+    It is None without `keep`, and where the model (Mamba, RWKV) takes no key-value cache: then all is read again each time.
+    """
+    keep = keep and accepts(model, "past_key_values")
+    options = {
+        # Ones everywhere: nothing is hidden, and models that count positions by the mask count right.
+        "attention_mask": torch.ones_like(ids),
+        "past_key_values": cache,
+        "use_cache": keep,
+        "logits_to_keep": wanted - done,
+    }
+    options = {name: value for name, value in options.items() if accepts(model, name)}
+    output = model(input_ids=ids[:, done:], **options)
+    logits = output.logits if "logits_to_keep" in options else output.logits[:, wanted - done]
+    return logits, getattr(output, "past_key_values", None) if keep else None
 
 
 def _croppable(cache: Any) -> bool:
-    # States of sliding windows and of linear attention cannot be taken back.
+    """Whether columns and rows can be taken out of the cache: not out of sliding windows or states of linear attention."""
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair
@@ -34,6 +45,29 @@ def _model(kind: str = "gpt2", seed: int = 0):
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
+                max_position_embeddings=64,
+            )
+        )
+    elif kind == "mamba":
+        # A state instead of keys and values, under another name.
+        model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4))
+    elif kind == "qwen3_next":
+        # Linear and full attention: a cache from which no rows can be selected.
+        model = Qwen3NextForCausalLM(
+            Qwen3NextConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                layer_types=["linear_attention", "full_attention"],
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                mlp_only_layers=[0, 1],
                 max_position_embeddings=64,
             )
         )
@@ -108,11 +142,13 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
-@pytest.mark.parametrize("beta", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [*itertools.product(["gpt2", "llama", "mistral"], [0.1, 0.4, 1.0]), ("qwen3_next", 0.4), ("mamba", 0.4)],
+)
 def test_every_engine_is_the_literal_implementation(kind: str, beta: float):
     model, pairs = _model(kind), _pairs(7, seed=1)
-    for i, options in enumerate(SETTINGS):
+    for i, options in enumerate(SETTINGS if kind in ("gpt2", "llama", "mistral") else SETTINGS[:2]):
         row_ids = range(10 * i, 10 * i + len(pairs))
         wanted = [
             literal(model, pair, beta, seed=4, row=row, protected=PROTECTED, **options)
@@ -136,6 +172,13 @@ def test_the_gold_proposal_is_the_literal_one_and_takes_one_pass():
         assert mixed.passes <= 1
     mixed = mix_rows(model, pairs, 0.6, seed=1, protected_ids=PROTECTED)
     assert any(a.tokens != b.tokens for a, b in zip(found, mixed, strict=True)), "the prefixes make no difference"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba"])
+def test_the_gold_proposal_needs_no_cache(kind: str):
+    model, pairs = _model(kind), _pairs(4, seed=2)
+    for row, (pair, mixed) in enumerate(zip(pairs, mix_rows(model, pairs, 0.6, proposal="gold"), strict=True)):
+        assert (mixed.tokens, mixed.replaced) == literal(model, pair, 0.6, seed=0, row=row, proposal="gold")
 
 
 def test_a_switch_to_the_sequential_engine_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch):
