@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from core.llm.batching import length_buckets, pad_right, patiently
 from core.llm.examples import EncodedPair
 from core.llm.modes import in_mode
 from core.llm.scoring import default_batch_tokens
-from sched_sampling.drafting import Drafting, draft_with_model
 from sched_sampling.engines import MAX_PASSES, WINDOW, Batch, Proposal, from_gold, parallel, sequential
 from sched_sampling.noise import coins, token_draws
 
@@ -123,7 +123,7 @@ def mix_rows(
     beta: float | Sequence[float],
     *,
     seed: int = 0,
-    row_ids: Sequence[int] | None = None,
+    row_ids: Sequence[int] | np.ndarray | None = None,
     rollouts: Sequence[Sequence[int]] | None = None,
     max_batch_tokens: int | None = None,
     **options: Any,
@@ -135,7 +135,8 @@ def mix_rows(
     None generates them with `model`. `options` are those of `Mixing`. The model is in evaluation mode meanwhile, and
     afterwards as it was.
 
-    Raises `InvalidInput` before any work on a beta outside [0, 1] or options that do not exist.
+    Raises `InvalidInput` before any work on a beta outside [0, 1], options that do not exist, rows that are longer than the
+    model reads, and token ids that it does not have.
     """
     mixing = Mixing(**options)
     proposal = mixing.at(seed)
@@ -150,13 +151,17 @@ def mix_rows(
             raise InvalidInput(
                 f"Row {row} has {len(pair.prompt_ids) + len(pair.target_ids)} tokens; the model reads at most {limit}."
             )
+    check_vocabulary(model, pairs)
     numbers = np.arange(len(pairs)) if row_ids is None else np.asarray(row_ids, dtype=np.int64)
     chosen = _coins(pairs, betas, seed, numbers)
     if mixing.proposal == "random":
         return _random(pairs, chosen, proposal, numbers, model.config.get_text_config().vocab_size)
     if mixing.proposal == "rollout":
         if rollouts is None:
-            rollouts = own_rollouts(model, pairs, proposal)
+            rollouts = own_rollouts(model, pairs, proposal, row_ids=numbers, max_batch_tokens=max_batch_tokens)
+        if len(rollouts) != len(pairs):
+            raise InvalidInput(f"rollouts has one answer for each row; got {len(rollouts)} for {len(pairs)} rows.")
+        _check_ids(model, rollouts, "of the rollouts")
         return _from_rollouts(pairs, chosen, rollouts, proposal)
     engine = mixing.engine
     if engine == "auto":
@@ -184,21 +189,47 @@ def mix_rows(
     return results
 
 
-def own_rollouts(model: Any, pairs: Sequence[EncodedPair], proposal: Proposal) -> list[tuple[int, ...]]:
-    """A free-running answer of the model to every prompt, at most as long as the longest gold one, without its end.
+def own_rollouts(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    proposal: Proposal,
+    *,
+    row_ids: Sequence[int] | np.ndarray | None = None,
+    max_batch_tokens: int | None = None,
+) -> list[tuple[int, ...]]:
+    """A free-running answer of the model to every prompt, up to its end, as far as tokens of the gold answer are replaced.
 
-    Rows with the same prompt get different samples.
+    Rows with the same prompt get different samples: a row's is decided by the seed, its number and its prompt.
     """
-    drafts = draft_with_model(
+    free = mix_rows(
         model,
-        None,
-        [pair.prompt_ids for pair in pairs],
-        Drafting(temperature=proposal.temperature, top_k=proposal.top_k, top_p=proposal.top_p),
-        max_new_tokens=max(len(pair.target_ids) for pair in pairs),
-        ends=proposal.protected_ids,
+        pairs,
+        1.0,
         seed=proposal.seed,
+        row_ids=row_ids,
+        max_batch_tokens=max_batch_tokens,
+        temperature=proposal.temperature,
+        top_k=proposal.top_k,
+        top_p=proposal.top_p,
+        engine="sequential",
     )
-    return [draft.token_ids for draft in drafts]
+    return [tuple(takewhile(lambda token: token not in proposal.protected_ids, row.tokens[:-1])) for row in free]
+
+
+def check_vocabulary(model: Any, pairs: Sequence[EncodedPair]) -> None:
+    """Raise `InvalidInput` on token ids that the model does not have, as those of another model's tokenizer."""
+    _check_ids(model, [(*pair.prompt_ids, *pair.target_ids) for pair in pairs], "of the pairs")
+
+
+def _check_ids(model: Any, rows: Sequence[Sequence[int]], what: str) -> None:
+    vocabulary = model.config.get_text_config().vocab_size
+    for i, row in enumerate(rows):
+        for token in row:
+            if not 0 <= token < vocabulary:
+                raise InvalidInput(
+                    f"Row {i} {what} has the token {token}; the vocabulary of the model has {vocabulary} tokens, from 0. "
+                    "Take the model's own tokenizer."
+                )
 
 
 def position_betas(beta: float | Sequence[float], pairs: Sequence[EncodedPair]) -> np.ndarray:
@@ -269,8 +300,6 @@ def _from_rollouts(
     rollouts: Sequence[Sequence[int]],
     proposal: Proposal,
 ) -> list[MixedRow]:
-    if len(rollouts) != len(pairs):
-        raise InvalidInput(f"rollouts has one answer for each row; got {len(rollouts)} for {len(pairs)} rows.")
     results = []
     for pair, mask, rollout in zip(pairs, chosen, rollouts, strict=True):
         drawn = mask.copy()

@@ -24,7 +24,8 @@ from transformers import (
 from core.errors import InvalidInput
 from core.llm.examples import EncodedPair
 from sched_sampling import engines
-from sched_sampling.mixing import mix, mix_rows
+from sched_sampling.bash import bash_dataset
+from sched_sampling.mixing import mix, mix_rows, own_rollouts
 from sched_sampling.noise import coins, gumbel
 
 VOCABULARY = 23
@@ -319,14 +320,56 @@ def test_own_rollouts_of_one_prompt_differ_and_follow_the_model():
     assert [row.tokens for row in greedy] == [(*ids[2:], 1)] * 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rollouts_do_not_depend_on_the_size_of_the_files(temperature: float):
+    # Equal prompts, in several files, with answers of several lengths.
+    pairs = [EncodedPair((2, 3), (4,) * (4 + i % 5) + (1,)) for i in range(16)]
+    one, eight = (
+        bash_dataset(
+            _model(), None, pairs, 0.8, proposal="rollout", temperature=temperature, seed=3, rows_per_file=size
+        ).to_list()
+        for size in (1, 8)
+    )
+    assert one == eight
+    assert len({tuple(row["input_ids"][:6]) for row in one}) > (6 if temperature else 1)
+
+
+def test_a_rollout_stops_before_its_first_protected_token():
+    model, pairs = _model(), [EncodedPair((2, 3), (4,) * 12 + (1,))] * 30
+    free, cut = (
+        own_rollouts(model, pairs, engines.Proposal(seed=5, protected_ids=ids), row_ids=range(30))
+        for ids in ((), PROTECTED)
+    )
+    assert any(len(row) < 12 for row in cut)
+    for whole, row in zip(free, cut, strict=True):
+        assert len(whole) == 12
+        assert row == whole[: len(row)]
+        assert not set(row) & set(PROTECTED)
+        assert len(row) == 12 or whole[len(row)] in PROTECTED
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("pair", [EncodedPair((2, 40), (3, 1)), EncodedPair((2,), (3, 40, 1))])
+def test_token_ids_of_another_vocabulary_are_refused(pair: EncodedPair, beta: float):
+    with pytest.raises(InvalidInput, match=r"Row 1 of the pairs has the token 40; the vocabulary .* has 23 tokens"):
+        mix_rows(_model(), [EncodedPair((2,), (3, 1)), pair], beta)
+
+
+def test_rollouts_of_another_vocabulary_are_refused():
+    pairs = [EncodedPair((2,), (3, 4, 1))]
+    with pytest.raises(InvalidInput, match="Row 0 of the rollouts has the token 23"):
+        mix_rows(_model(), pairs, 0.5, proposal="rollout", rollouts=[(5, 23)])
+
+
 def test_the_modes_of_the_modules_come_back_also_after_an_error():
     model = _model()
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
     mix_rows(model, _pairs(2, seed=0), 0.5)
     assert [module.training for module in model.modules()] == before
-    with pytest.raises(IndexError):
-        mix_rows(model, [EncodedPair((VOCABULARY + 5,), (3, 4, 5, 1))], 1.0)
+    model.forward = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        mix_rows(model, _pairs(2, seed=0), 1.0)
     assert [module.training for module in model.modules()] == before
 
 
