@@ -37,13 +37,15 @@ def encode_pairs(
 ) -> list[EncodedPair]:
     """Encode dictionaries with `prompt` and `completion`, both texts or both messages, in their order.
 
-    A text prompt is encoded as the tokenizer's default has it, its completion by itself without special tokens, and the
-    tokenizer's end token comes behind, once. Messages go through the chat template: the completion is what the template
-    writes behind the prompt, up to its last end token (the tokenizer's, or one of `end_ids`; see
-    `core.llm.causal.end_tokens`). `EncodedPair`s pass through as they are and need no tokenizer.
+    A text prompt is encoded as the tokenizer's default has it, as for generation, and its completion by itself. The
+    tokenizer's end token comes behind, once; any other control token that a completion spells is ordinary text.
+    Messages go through the chat template: the completion is what the template writes behind the prompt, up to its last
+    end token (the tokenizer's, or one of `end_ids`; see `core.llm.causal.end_tokens`). `EncodedPair`s pass through as
+    they are and need no tokenizer.
 
     Raises `InvalidInput`, naming the row, on an empty prompt or completion, on a tokenizer without an end token or,
-    for messages, without a chat template, and on a pair of more than `max_length` tokens.
+    for messages, without a chat template, on a completion whose control tokens the tokenizer cannot read as text, and on
+    a pair of more than `max_length` tokens.
     """
     encoded = []
     for row, pair in enumerate(pairs):
@@ -132,7 +134,8 @@ def _encode(tokenizer: Any, pair: Mapping[str, Any], row: int, end_ids: Collecti
         raise InvalidInput(f"Row {row} mixes a text and messages; both are texts, or both are messages.")
     if isinstance(prompt, str):
         before = encode(tokenizer, prompt)
-        answer = _continue(tokenizer, before, completion)
+        answer = _continue(tokenizer, before, completion.removesuffix(tokenizer.eos_token), control=False)
+        _refuse_control(tokenizer, answer, row)
         ends: set[int] = {tokenizer.eos_token_id}
     else:
         start, rest = _chat_texts(tokenizer, prompt, completion, row)
@@ -175,16 +178,18 @@ def _chat_texts(
     return before, whole[len(before) :]
 
 
-def _continue(tokenizer: Any, before: list[int], text: str) -> list[int]:
+def _continue(tokenizer: Any, before: list[int], text: str, *, control: bool = True) -> list[int]:
     """The tokens of a text behind those of another, tokenized by itself: no token of `before` may change.
+
+    Without `control` the names of control tokens are text like any other.
 
     SentencePiece tokenizers (Llama 2, Mistral) begin every text with a space of their own, which would stand between the
     two. There the text is tokenized behind a line end, and the line end is cut off.
     """
-    alone = _plain(tokenizer, text)
+    alone = _plain(tokenizer, text, control=control)
     if _reads(tokenizer, before, alone, text):
         return alone
-    anchor, anchored = _plain(tokenizer, "\n"), _plain(tokenizer, "\n" + text)
+    anchor, anchored = _plain(tokenizer, "\n"), _plain(tokenizer, "\n" + text, control=control)
     rest = anchored[len(anchor) :]
     return rest if anchored[: len(anchor)] == anchor and _reads(tokenizer, before, rest, text) else alone
 
@@ -194,9 +199,20 @@ def _reads(tokenizer: Any, before: list[int], answer: list[int], text: str) -> b
     return bool(whole == start + text)
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _plain(tokenizer: Any, text: str, *, control: bool = True) -> list[int]:
+    split = {} if control else {"split_special_tokens": True}
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"]
     return ids
+
+
+def _refuse_control(tokenizer: Any, answer: Sequence[int], row: int) -> None:
+    # A vocabulary of whole words has the control tokens as words too.
+    found = set(answer) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    if found:
+        raise InvalidInput(
+            f"Row {row}: the completion spells {', '.join(tokenizer.convert_ids_to_tokens(sorted(found)))}, which this "
+            "tokenizer can only read as a control token. Take it out of the text."
+        )
 
 
 def _refuse_empty(row: int, **parts: Any) -> None:

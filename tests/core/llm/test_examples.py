@@ -101,6 +101,25 @@ def test_a_completion_that_brings_its_end_token_gets_no_second(tokenizer):
     assert _one(tokenizer, _text("the", " value<end>")) == _one(tokenizer, _text("the", " value"))
 
 
+@pytest.mark.parametrize("completion", [" one <end> two", "<end> two", " one <end><end>", "<start>"])
+def test_control_tokens_that_a_completion_spells_are_text(completion):
+    tokenizer = make_tokenizer(start=True)
+    pair = _one(tokenizer, _text("the", completion))
+    assert not {END, 1} & set(pair.target_ids[:-1])
+    assert pair.target_ids[-1] == END
+    assert tokenizer.decode(pair.target_ids) == completion.removesuffix("<end>") + "<end>"
+
+
+def test_a_completion_that_can_only_be_read_with_a_control_token_in_it_is_refused():
+    special = {"eos_token": "<end>", "unk_token": "?"}
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "?": 2}, unk_token=special["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    assert _one(words, _text("a", "a b")).target_ids == (1, 2, 0)
+    with pytest.raises(InvalidInput, match="Row 0: the completion spells <end>"):
+        encode_pairs(words, [_text("a", "a <end> a")])
+
+
 def test_messages_are_the_template_up_to_the_end_of_the_last_turn(chat):
     turn = chat.convert_tokens_to_ids("<turn>")
     pair = _one(chat, _messages("return", "the", "value", " of the order"), end_ids=[turn])
