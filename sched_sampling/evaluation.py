@@ -103,7 +103,8 @@ class NoisyDecoding:
     """Accuracy of the tokens that were left alone in decoding with noise: the mean over pairs, and by position.
 
     `slips` and `returns` are how often a token was wrong behind a right one, and right behind a wrong one, whether it was
-    left alone or not: the rates of the two-state law (`sched_sampling.theory`). None where there was no occasion.
+    left alone or not: the rates of the two-state law (`sched_sampling.theory`). None where there was no occasion, as
+    `by_position` is NaN where the noise replaced every answer's token.
     """
 
     value: float
@@ -128,7 +129,8 @@ def noisy_accuracy(
 
     The random token is uniform over `candidates` (None: the vocabulary without special tokens) and may be the gold one.
     Every answer is decoded under `draws` draws of the noise, as far as gold goes. Models compared under one seed get the
-    same noise. Raises `InvalidInput` on a rate outside [0, 1) and on empty answers.
+    same noise. Raises `InvalidInput` before any work on a rate outside [0, 1), on empty answers, and when the noise leaves
+    none of a pair's tokens alone.
     """
     if not 0 <= rate < 1 or draws < 1:
         raise InvalidInput(f"Noisy decoding needs a rate in [0, 1) and at least one draw; got {rate} and {draws}.")
@@ -142,6 +144,11 @@ def noisy_accuracy(
             tokens = np.where(replaced, rng.choice(allowed, len(replaced)), pair.target_ids)
             rows.append(Forced(pair, tokens.tolist(), ~replaced))
             alone.append(~replaced)
+        if not any(kept.any() for kept in alone[-draws:]):
+            raise InvalidInput(
+                f"Pair {i} has no token that the noise left alone: its answer has {len(pair.target_ids)} tokens, and all are "
+                f"replaced at rate {rate} in {draws} draws. Take more draws or a lower rate."
+            )
     right = _right(model, rows, tokenizer, max_batch_tokens)
     # What was replaced is not counted.
     counted = [np.where(kept, found, np.nan) for found, kept in zip(right, alone, strict=True)]
@@ -319,8 +326,9 @@ def _refuse(pairs: Sequence[EncodedPair], least: int, what: str) -> None:
 
 
 def _mean_by_position(rows: Sequence[NDArray[Any]]) -> Floats:
-    """The mean over rows of any lengths at each position, NaN left out; positions that no row reaches do not occur."""
+    """The mean over rows of any lengths at each position, NaN left out; NaN where nothing is left."""
     filled = np.full((len(rows), max(map(len, rows))), np.nan)
     for i, row in enumerate(rows):
         filled[i, : len(row)] = row
-    return np.nanmean(filled, axis=0)
+    count = (~np.isnan(filled)).sum(axis=0)
+    return np.divide(np.nansum(filled, axis=0), count, out=np.full(len(count), np.nan), where=count > 0)

@@ -402,6 +402,27 @@ def test_a_seed_decides_the_noise_and_another_seed_draws_other_noise():
     assert first == again != other
 
 
+def test_noise_that_leaves_no_token_of_a_pair_alone_is_refused_and_the_pair_is_named():
+    model, pairs = _sharp("gpt2"), [EncodedPair((2,), (3, 4) * 6), EncodedPair((2,), (3, 1))]
+    seeds = range(20)
+    replaced = [bool((np.random.default_rng([seed, 1, 0]).random(2) < 0.9).all()) for seed in seeds]
+    assert 0 < sum(replaced) < len(replaced)
+    for seed, nothing in zip(seeds, replaced, strict=True):
+        if nothing:
+            with pytest.raises(InvalidInput, match=r"Pair 1 has no token .* 2 tokens.* more draws"):
+                noisy_accuracy(model, [EncodedPair((2,), (3,) * 100), pairs[1]], rate=0.9, draws=1, seed=seed)
+    assert np.isfinite(noisy_accuracy(model, pairs, rate=0.9, draws=100).by_pair).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_position_that_the_noise_always_replaced_is_nan_and_the_rest_are_numbers():
+    found = noisy_accuracy(_sharp("gpt2"), [EncodedPair((2,), (3, 4) * 6)], rate=0.8, draws=1)
+    alone = np.random.default_rng([0, 0, 0]).random(12) >= 0.8
+    assert 0 < alone.sum() < 12
+    np.testing.assert_array_equal(np.isnan(found.by_position), ~alone)
+    assert np.isfinite(found.value)
+
+
 @pytest.mark.parametrize(
     "call",
     [
