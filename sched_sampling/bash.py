@@ -18,7 +18,7 @@ import numpy as np
 from core.errors import InvalidInput
 from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
-from sched_sampling.mixing import MixedRow, Mixing, mix_rows, position_betas
+from sched_sampling.mixing import MixedRow, Mixing, check_vocabulary, mix_rows, position_betas
 from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, context_length
 from sched_sampling.schedule import Schedule, linear
@@ -77,6 +77,7 @@ def bash_dataset(
     protected = protected_ids(model, tokenizer) | frozenset(options.pop("protected_ids", ()))
     mixing = Mixing(protected_ids=protected, **options)
     position_betas(beta, encoded)
+    check_vocabulary(model, encoded)
     settings = {name: getattr(mixing, name) for name in ("proposal", "temperature", "top_k", "top_p", "engine")}
 
     def build(numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -69,17 +69,16 @@ def draft_with_model(
     drafting: Drafting,
     *,
     max_new_tokens: int,
-    ends: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[Draft]:
     """A draft for every prompt of token ids, in their order, with dropout off; end tokens are not part of drafts.
 
-    `ends` are the end tokens, perhaps none; None takes those of the model and the tokenizer, of which there must be one.
     Raises `InvalidInput` before any work when a prompt and `max_new_tokens` do not fit the model's context,
     and when nothing would end an answer.
     """
     check_room(model, prompts, max_new_tokens)
-    if ends is None and not (ends := end_tokens(model, tokenizer)):
+    ends = end_tokens(model, tokenizer)
+    if not ends:
         raise InvalidInput(
             "Neither the model nor the tokenizer has an end token. Set model.generation_config.eos_token_id."
         )

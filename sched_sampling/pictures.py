@@ -1,4 +1,4 @@
-"""Figures: what a model makes of its own prefixes position by position, scores over rounds, and cost against gain."""
+"""Figures: what a model makes of its own prefixes position by position, and cost against gain."""
 
 from __future__ import annotations
 
@@ -32,20 +32,6 @@ def bias_curves(curves: Mapping[str, PositionCurves], *, least: int = 5) -> Figu
     axes[0].set(xlabel="position in the answer", ylabel="NLL of the gold token (nats)")
     axes[1].set(xlabel="position in the answer", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=8)
-    return plot
-
-
-def scores_over_rounds(scores: Mapping[str, Sequence[Sequence[float]]], label: str) -> Figure:
-    """A score after every round: for each name, runs (seeds) of one value a round; the mean as a line, runs as dots."""
-    plot, axes = figure()
-    for color, (name, runs) in zip(COLORS, scores.items(), strict=False):
-        longest = max(map(len, runs))
-        for run in runs:
-            axes.plot(range(1, len(run) + 1), run, "o", color=color, alpha=0.35, markersize=3)
-        means = [float(np.mean([run[k] for run in runs if len(run) > k])) for k in range(longest)]
-        axes.plot(range(1, longest + 1), means, color=color, label=name)
-    axes.set(xlabel="round", ylabel=label)
-    axes.legend(fontsize=8)
     return plot
 
 

@@ -23,6 +23,7 @@ from core.llm.causal import end_tokens
 from core.llm.examples import EncodedPair, encode_pairs, supervised_row
 from sched_sampling.crossfit import Split, drafting_model, split
 from sched_sampling.drafting import Drafting, check_room, draft_with_chat, draft_with_model, places_of
+from sched_sampling.mixing import check_vocabulary
 from sched_sampling.provenance import ids_digest, model_digest, pairs_digest, tokenizer_digest
 from sched_sampling.rounds import Built, Method, RoundJob, RoundReport, Rows, context_length
 from sched_sampling.storage import build_dataset
@@ -69,6 +70,7 @@ def rac_dataset(
     if not encoded:
         raise InvalidInput("There are no pairs to correct.")
     _check_share(direct_share)
+    check_vocabulary(model, encoded)
     if drafts is not None and (chat is not None or len(drafts) != len(encoded)):
         raise InvalidInput(f"Give one draft for each of {len(encoded)} pairs, or a chat model, not both.")
     settings = Drafting(**drafting)

@@ -27,6 +27,7 @@ from core.llm.finetuning import Finetuning, completion_loss, finetune
 from core.llm.modes import in_mode
 from core.training import History
 from core.training.loop import Event, Hook
+from sched_sampling.mixing import check_vocabulary
 from sched_sampling.processes import processes
 from sched_sampling.provenance import describe_method, model_digest, pairs_digest
 from sched_sampling.weights import load_trained, save_trained
@@ -142,6 +143,7 @@ class Method(ABC):
         encoded = encode_pairs(tokenizer, texts, max_length=context_length(model), end_ids=end_tokens(model, tokenizer))
         if not encoded:
             raise InvalidInput("There are no pairs to train on.")
+        check_vocabulary(model, encoded)
         folder = None if output_dir is None else Path(output_dir)
         reports: list[RoundReport] = []
         group = processes()

@@ -6,7 +6,7 @@ Differences are taken item by item between runs of one seed (`family_runs`), and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,12 +28,18 @@ from sched_sampling.claims.family_runs import (
     exposure,
     fitted,
     model_of,
+    other_baselines,
     preferred,
     scored,
     task_of,
     trained,
 )
+from sched_sampling.pictures import cost_and_gain
 from sched_sampling.presets import SamplingPreset
+from sched_sampling.rounds import Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Settings that one sensitivity row each departs from: (beta, temperature) of BASH.
 _SENSITIVITY = ((0.1, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 0.7), (0.3, 1.5))
@@ -113,9 +119,22 @@ def overall_improvement(preset: SamplingPreset) -> Evidence:
         table=pd.concat([_family_table(preset), _sensitivity(preset)], ignore_index=True),
         comparisons=(*decisive, *further),
         control=Control.of("The same rounds at beta = 0 under another seed.", *null),
+        figures={f"{name}: cost against gain, a dot a seed": _cost_and_gain(preset, name) for name in preset.tasks},
         seeds=preset.seeds,
         provenance=_provenance(preset, preset.tasks),
     )
+
+
+def _cost_and_gain(preset: SamplingPreset, name: str) -> Figure:
+    score = _headline(preset, name)
+    points = {
+        method: (
+            [trained(preset, seed, name, method).seconds for seed in preset.seeds],
+            [100 * float(score(seed, method).mean()) for seed in preset.seeds],
+        )
+        for method in (LONGER, RANDOM, BASH, RAC)
+    }
+    return cost_and_gain(points, f"{task_of(preset, name, preset.seeds[0]).headline}, percent")
 
 
 def _family_table(preset: SamplingPreset) -> pd.DataFrame:
@@ -144,13 +163,17 @@ def _family_table(preset: SamplingPreset) -> pd.DataFrame:
 
 
 def _sensitivity(preset: SamplingPreset) -> pd.DataFrame:
-    """BASH with other beta and temperatures on the valid items of the first seed."""
+    """BASH with other beta and temperatures, and the other baselines, on the valid items of the first seed."""
     name, seed = preset.sensitivity_task, preset.seeds[0]
     score = task_of(preset, name, seed).headline
     start = trained(preset, seed, name, BASE).weights
     rows = []
-    for beta, temperature in track(_SENSITIVITY, "BASH with other beta and temperatures"):
-        run = fitted(preset, seed, name, bash_with(preset, beta=beta, temperature=temperature), start)
+    methods: dict[str, Method] = {
+        f"BASH, beta to {beta:g}, temperature {temperature:g}": bash_with(preset, beta=beta, temperature=temperature)
+        for beta, temperature in _SENSITIVITY
+    } | other_baselines(preset)
+    for label, method in track(list(methods.items()), "Other settings and baselines"):
+        run = fitted(preset, seed, name, method, start)
         greedy, sampled = (
             100 * float(scored(preset, seed, name, run.weights, temperature=t, split="valid")[0][score].mean())
             for t in (0.0, 1.0)
@@ -158,7 +181,7 @@ def _sensitivity(preset: SamplingPreset) -> pd.DataFrame:
         rows.append(
             {
                 "task": f"{name}, valid, one seed",
-                "method": f"BASH, beta to {beta:g}, temperature {temperature:g}",
+                "method": label,
                 "score": score,
                 "greedy": greedy,
                 "sampled": sampled,

@@ -23,9 +23,13 @@ from core.llm.examples import EncodedPair, collate, encode_pairs, supervised_row
 from core.llm.finetuning import Finetuning, add_lora, completion_loss
 from core.llm.modes import in_mode
 from sched_sampling.baselines import (
+    SPIN,
+    NEFTune,
+    OnlineScheduledSampling,
     Preference,
     RandomTokenReplacement,
     SupervisedFineTuning,
+    TwoPassScheduledSampling,
     tune_on_preferences,
 )
 from sched_sampling.bash import BatchScheduledSampling
@@ -176,6 +180,18 @@ def bash_with(preset: SamplingPreset, *, beta: float, temperature: float) -> Bat
         schedule=linear(0.0, beta),
         mixing=Mixing(temperature=temperature),
     )
+
+
+def other_baselines(preset: SamplingPreset) -> dict[str, Method]:
+    """The baselines that only the table of one seed shows, with the rounds and updates of all others."""
+    common: dict[str, Any] = {"rounds": preset.task_rounds, "training": _settings(preset, preset.task_round_steps)}
+    rising = linear(0.0, preset.task_beta)
+    return {
+        "online scheduled sampling": OnlineScheduledSampling(schedule=rising, **common),
+        "two-pass scheduled sampling": TwoPassScheduledSampling(schedule=rising, **common),
+        "NEFTune": NEFTune(**common),
+        "SPIN": SPIN(**common),
+    }
 
 
 def fitted(

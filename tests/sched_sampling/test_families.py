@@ -16,7 +16,7 @@ from sched_sampling.claims import families, family_runs
 from sched_sampling.claims.family_runs import BASE, BASH, EQUAL_TIME, LONGER, NULL, RAC, RANDOM, trained
 from sched_sampling.presets import QUICK
 from sched_sampling.schedule import constant
-from sched_sampling.world_models import CORRECTION, RECIPES, Recipe, world_llama
+from sched_sampling.world_models import CORRECTION, RECIPES, Recipe, correction_template, world_llama
 
 TASK = "world:questions:1"
 TINY = Recipe(num_steps=2, texts=200, batch_size=4, vocabulary=512, hidden_size=32, intermediate_size=32)
@@ -139,7 +139,7 @@ def test_the_evidence_on_three_families_compares_both_methods_with_longer_fine_t
         [family_runs.answers(PRESET, seed, TASK, BASH).greedy["exact match"].mean() for seed in PRESET.seeds]
     )
     assert greedy[TASK, BASH, "exact match"] == pytest.approx(100 * measured)
-    assert len(evidence.table) == 2 * len(families._ROWS) + len(families._SENSITIVITY)
+    assert len(evidence.table) == 2 * len(families._ROWS) + len(families._SENSITIVITY) + 4
 
 
 def test_the_evidence_on_exposure_is_the_difference_of_gaps():
@@ -176,5 +176,48 @@ def test_the_evidence_on_preference_tuning_compares_starts_after_it():
 def test_a_correction_prompt_of_a_small_model_ends_as_its_prompts_do():
     tokenizer = family_runs.model_of(PRESET, TASK).tokenizer
     template = family_runs.template_of(PRESET, TASK)
-    assert tokenizer.decode(template.separator_ids) == f"{CORRECTION}\nAnswer:"
+    assert tokenizer.decode([*template.separator_ids, *template.request_ids]) == f"{CORRECTION}\nAnswer:"
     assert family_runs.template_of(replace(PRESET, task_model="pretrained:smollm2-135m"), TASK) is None
+
+
+def test_every_run_is_the_method_that_its_row_names():
+    # A claim that is expected to be inconclusive would not notice another method in its place.
+    preset, name = replace(QUICK, task_rounds=2), "world:questions:1"
+    made = {method: family_runs._method(preset, name, method, 3) for method in ROWS_OF_METHODS}
+    kinds = {method: type(each).__name__ for method, each in made.items()}
+    assert kinds == {
+        family_runs.LONGER: "SupervisedFineTuning",
+        family_runs.EQUAL_TIME: "SupervisedFineTuning",
+        family_runs.RANDOM: "RandomTokenReplacement",
+        family_runs.RAC: "ReferenceAnswerCorrection",
+        family_runs.BASH: "BatchScheduledSampling",
+        family_runs.NULL: "BatchScheduledSampling",
+    }
+    betas = {
+        method: [made[method].schedule(k, 2) for k in range(2)] for method in (family_runs.BASH, family_runs.RANDOM)
+    }
+    assert betas[family_runs.BASH] == betas[family_runs.RANDOM] == pytest.approx([0.0, preset.task_beta])
+    assert [made[family_runs.NULL].schedule(k, 2) for k in range(2)] == [0.0, 0.0]
+    assert made[family_runs.BASH].mixing.proposal == "mixed"
+    assert made[family_runs.RANDOM].mixing.proposal == "random"
+    assert made[family_runs.RAC].template is not None
+
+
+def test_a_draft_of_ordinary_tokens_stands_in_its_correction_prompt_unchanged():
+    lm = family_runs.model_of(QUICK, "world:questions:1")
+    prompt = "[1] The door is red.\nQuestion: What colour?\nAnswer:"
+    template = correction_template(lm.tokenizer, prompt)
+    assert template is not None
+    draft = tuple(lm.tokenizer(" Answer: red\nAnswer: blue")["input_ids"])
+    ids = template.encode(lm.tokenizer, prompt, draft)
+    assert lm.tokenizer.decode(ids) == f"{prompt} Answer: red\nAnswer: blue{CORRECTION}\nAnswer:"
+
+
+ROWS_OF_METHODS = (
+    family_runs.LONGER,
+    family_runs.EQUAL_TIME,
+    family_runs.RANDOM,
+    family_runs.RAC,
+    family_runs.BASH,
+    family_runs.NULL,
+)
