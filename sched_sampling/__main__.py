@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -125,7 +126,6 @@ _DECIDED = ("method", "rounds", "beta", "temperature", "proposal", "direct_share
 
 @app.command()
 def train(
-    context: typer.Context,
     model: Model,
     data: Annotated[str, typer.Argument(help=f"{DATA_HELP} Or `folder:DIR` that `mix` wrote, with this model.")],
     output: Annotated[Path, typer.Option(help="A folder for the trained model, its tokenizer and report.json.")],
@@ -166,9 +166,9 @@ def train(
     folder = Path(data.removeprefix("folder:")).expanduser()
     made = is_built(folder)
     if made:
+        given = {**locals()}
         for name in _DECIDED:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
+            if given[name] != inspect.signature(train).parameters[name].default:
                 raise InvalidInput(
                     f"{data} is a data set that is trained on as it is; leave out --{name.replace('_', '-')}."
                 )

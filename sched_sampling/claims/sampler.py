@@ -163,16 +163,20 @@ class _Table(PreTrainedModel):  # type: ignore[no-untyped-call]
     kind="measured",
     exclusive=True,
     statement="Offline mixing recovers nearly as well as online scheduled sampling, in a third of the time or less.",
+    expected="fails",
     time_limit=3600,
 )
 def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
-    """Counting: recovery after BASH minus after online scheduled sampling, at equal updates, margin −0.2. Time: CPU seconds of
-    one round, building and training, at beta 0.25, on counting to 96 with batches of 8; the online method generates token by
-    token over a cache in every step, as it is published. Margin log 3.
+    """Counting: recovery after BASH minus after online scheduled sampling, at equal updates, margin −0.2 (set after one seed
+    had shown 0.61 against 0.72). Time: CPU seconds of one round, building and training, at beta 0.25; the online method
+    generates token by token over a cache in every step, as it is published. Margin log 3, on the counting that recovery is
+    measured on, and on counting to 96 with batches of 8.
 
-    With short answers and large batches training itself is most of the time, and the ratio is smaller; given our parallel
-    sampler the online method is faster as well: both are in the table. Every row of the pool is used 6.25 times a round, as
-    in the runs on counting. Control: SFT in the place of BASH for recovery, and the online method against itself for time.
+    Expected to fail: with answers of 12 tokens and batches of 64 training itself is most of the time. On long answers the
+    ratio is there, and given our parallel sampler the online method is faster as well: all are in the table. Every row of
+    the pool is used 6.25 times a round, as in the runs on counting.
+
+    Control: SFT in the place of BASH for recovery, and the online method against itself for time.
     """
     ready(preset, (SFT, LONGER, BASH, ONLINE), "Learning to count")
 
@@ -201,11 +205,13 @@ def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
                     seconds.setdefault((setting, method), []).append(time_taken)
     logs = {place: np.log(times) for place, times in seconds.items()}
     unit = "log of the ratio of CPU times"
-    faster, null = (
-        verdict(
-            list(logs["long answers", _TOKENS] - logs["long answers", other]), math.log(SPEED), label=label, unit=unit
+    on_counting, faster, null = (
+        verdict(list(logs[setting, _TOKENS] - logs[setting, other]), math.log(SPEED), label=label, unit=unit)
+        for setting, other, label in (
+            ("counting", _OFFLINE, f"{_TOKENS} / {_OFFLINE}, counting"),
+            ("long answers", _OFFLINE, f"{_TOKENS} / {_OFFLINE}, long answers"),
+            ("long answers", _AGAIN, f"{_TOKENS} / itself"),
         )
-        for other, label in ((_OFFLINE, f"{_TOKENS} / {_OFFLINE}"), (_AGAIN, f"{_TOKENS} / itself"))
     )
     ratio = {place: math.exp(np.mean(log - logs[place[0], _OFFLINE])) for place, log in logs.items()}
     table = pd.DataFrame(
@@ -217,14 +223,14 @@ def offline_is_as_good_and_faster(preset: SamplingPreset) -> Evidence:
         columns=["setting", "method", "CPU seconds", "ratio to BASH"],
     )
     return Evidence(
-        verdict=Verdict.all_of([same.verdict, faster.verdict]),
+        verdict=Verdict.all_of([same.verdict, on_counting.verdict, faster.verdict]),
         headline=f"Recovery {np.mean([recovery(s, BASH) for s in preset.seeds]):.2f} offline, "
         f"{np.mean([recovery(s, ONLINE) for s in preset.seeds]):.2f} online. Token by token the online method takes "
         f"{ratio['long answers', _TOKENS]:.1f} times as long on answers of {preset.timing_length} tokens "
         f"({ratio['long answers', _PARALLEL]:.1f} with our sampler), on counting to 12 {ratio['counting', _TOKENS]:.1f} "
         f"({ratio['counting', _PARALLEL]:.1f})",
         table=table,
-        comparisons=(same, faster),
+        comparisons=(same, on_counting, faster),
         control=Control.of("SFT for recovery, the online method against itself for time.", not_same, null),
         seeds=preset.seeds,
         provenance=(

@@ -134,3 +134,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path, mon
     with pytest.raises(TenfoldError, match=message):
         _run(*arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_mixed_data_set_has_decided_cannot_be_asked_for_again(tmp_path: Path):
+    _run("mix", TASK, TASK, "--output", tmp_path / "mixed", "--rows", 4)
+    with pytest.raises(InvalidInput, match="leave out --beta"):
+        _run("train", TASK, f"folder:{tmp_path / 'mixed'}", "--output", tmp_path / "tuned", "--beta", 0.1)
