@@ -31,6 +31,8 @@ def bias_curves(curves: Mapping[str, PositionCurves], *, least: int = 5) -> Figu
             ax.plot(positions, own[kept], "-", color=color, label=f"{name}, own prefixes")
     axes[0].set(xlabel="position in the answer", ylabel="NLL of the gold token (nats)")
     axes[1].set(xlabel="position in the answer", ylabel="accuracy", ylim=(-0.02, 1.02))
+    for ax in axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8)
     return plot
 
