@@ -116,8 +116,8 @@ def test_the_sequential_engine_against_generate_with_forced_tokens(lm, ids, reco
 @pytest.mark.slow
 @pytest.mark.parametrize(("beta", "bound"), [(0.1, 2.0), (0.3, 4.0)])
 def test_mixing_an_epoch_against_training_on_it(lm, ids, record_property: Callable, beta: float, bound: float):
-    # The reference asks for 1.5 up to beta 0.3. Measured: 1.1 to 1.4 at 0.1 and 2.1 to 2.9 at 0.3, so that it is missed there: a
-    # row takes part in thirteen passes over 64 columns, and a pass costs a third of training on them.
+    # The reference asks for 1.5 up to beta 0.3. Measured: 1.1 to 1.4 at 0.1 and 2.1 to 2.9 at 0.3, so that it is missed there:
+    # a row takes part in thirteen passes over 64 columns, and a pass costs a third of training on them.
     pairs, model = _pairs(ids, 64), lm.model
     data = bash_dataset(model, None, pairs, beta)
     trained = copy.deepcopy(model)
