@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from core.errors import InvalidInput
 from core.experiment import Preset
 
+# Threads that wait by spinning cost tens of times their work as soon as anything else runs on the machine.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 # Added to a seed for a run that no preset's seeds give: controls compare a method with itself there.
 OTHER_DRAW = 1000
 
