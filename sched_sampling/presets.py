@@ -8,7 +8,7 @@ from core.errors import InvalidInput
 from core.experiment import Preset
 
 # Threads that wait by spinning cost tens of times their work as soon as anything else runs on the machine.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 # Added to a seed for a run that no preset's seeds give: controls compare a method with itself there.
 OTHER_DRAW = 1000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,7 +22,7 @@ from core.errors import InvalidInput
 from core.llm.causal import CausalLM
 from core.llm.examples import EncodedPair, collate, encode_pairs, supervised_row
 from core.llm.finetuning import Finetuning, add_lora, completion_loss
-from core.llm.modes import in_mode
+from core.llm.modes import in_mode, one_thread
 from sched_sampling.baselines import (
     SPIN,
     NEFTune,
@@ -208,13 +209,19 @@ def fitted(
     _pretrained(preset, name)
     restore(lm.model, start)
     pairs = task_of(preset, name, seed if data_seed is None else data_seed).pairs("train")
-    reports: list[RoundReport] = method.fit(lm.model, lm.tokenizer, pairs, seed=seed)
+    with threads(preset):
+        reports: list[RoundReport] = method.fit(lm.model, lm.tokenizer, pairs, seed=seed)
     return Trained(
         trained_state(lm.model),
         sum(report.history.num_steps for report in reports),
         sum(report.build_seconds for report in reports),
         sum(report.train_seconds for report in reports),
     )
+
+
+def threads(preset: SamplingPreset) -> AbstractContextManager[None]:
+    """One thread for the small models, all there are for a real one."""
+    return one_thread() if preset.task_model == "world" else nullcontext()
 
 
 def template_of(preset: SamplingPreset, name: str) -> Template | None:
@@ -253,16 +260,17 @@ def scored(
     restore(lm.model, weights)
     task = task_of(preset, name, seed)
     items = task.items(split)
-    found = correct(
-        lm.model,
-        lm.tokenizer,
-        [item.prompt for item in items],
-        rounds,
-        max_new_tokens=answer_limit(preset, name),
-        template=template_of(preset, name),
-        temperature=temperature,
-        seed=seed,
-    )
+    with threads(preset):
+        found = correct(
+            lm.model,
+            lm.tokenizer,
+            [item.prompt for item in items],
+            rounds,
+            max_new_tokens=answer_limit(preset, name),
+            template=template_of(preset, name),
+            temperature=temperature,
+            seed=seed,
+        )
     return [task.score(found.texts(number), items) for number in range(rounds + 1)]
 
 
