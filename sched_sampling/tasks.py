@@ -118,7 +118,13 @@ def load_task(
     if home in ("folder", "hub"):
         found, provenance = _own_splits(name)
         chosen = {split: _some(found[split], sizes[split], seed, f"{name} [{split}]") for split in SPLITS}
-        return Task(name, OWN, **chosen, headline="F1", max_new_tokens=256, provenance=provenance, metric=chat_scores)
+        # A token is a character at least, so that this is room for every completion and no more than a usual answer.
+        longest = min(256, max(len(item.references[0]) for items in found.values() for item in items) + 2)
+        return Task(
+            name, OWN, **chosen, headline="F1", max_new_tokens=longest, provenance=provenance, metric=chat_scores
+        )
+    if name not in SOURCES and Path(name).expanduser().exists():
+        raise InvalidInput(f"Pairs in a file or folder are written folder:{name}.")
     if name not in SOURCES:
         raise unknown_name("task", name, [*SOURCES, *(f"world:{kind}:1" for kind in _WORLD_TASKS)])
     source = SOURCES[name]

@@ -286,6 +286,9 @@ def test_a_file_of_ones_own_is_a_task(tmp_path):
     assert task.pairs("train")[0] in rows
     item = task.test[0]
     assert task.score([item.references[0], "nothing"], [item, item])["F1"].tolist() == [1.0, 0.0]
+    assert task.max_new_tokens == len("200") + 2
+    with pytest.raises(InvalidInput, match="written folder:"):
+        load_task(str(path))
 
 
 def test_a_file_without_the_two_columns_says_which_row_and_column(tmp_path):
