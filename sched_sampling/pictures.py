@@ -33,7 +33,8 @@ def bias_curves(curves: Mapping[str, PositionCurves], *, least: int = 5) -> Figu
     axes[1].set(xlabel="position in the answer", ylabel="accuracy", ylim=(-0.02, 1.02))
     for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(fontsize=8)
+    # Above both: inside either it would hide a curve.
+    plot.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return plot
 
 
