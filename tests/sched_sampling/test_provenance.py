@@ -1,4 +1,4 @@
-"""What a build is known by: weights, configuration, settings down to what a function holds, drafts; and the engine asked for."""
+"""What a build is known by: weights, configuration, what functions hold, drafts; and the engine that was asked for."""
 
 from __future__ import annotations
 
